@@ -1,0 +1,514 @@
+"""Tests of model.py: against torch.nn's layers, GPT-2, a second writing of the equations, numbers.
+
+python -m pytest test_model.py
+"""
+
+import ast
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_file
+from model import (
+    Attention,
+    DecoderLayer,
+    EncoderLayer,
+    ModelConfig,
+    ParallelEncoderDecoder,
+    encoder_loss_of,
+    sample_token,
+    window_start,
+)
+
+torch.set_num_threads(1)  # the tensors are small, and the cores may be shared
+SMALL = dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=24)
+
+# Every value of every field beside the defaults, and what is worth trying together.
+VARIANTS = [
+    {},
+    {"arch": "decoder_only"},
+    {"bias": True},
+    {"cross_first": True},
+    {"lateral": True},
+    {"decoder_self_attention": False},
+    {"n_cross_head": 4},
+    {"encoder_loss": "mse"},
+    {"encoder_loss": "cosine"},
+    {"encoder_loss": "log_cosine"},
+    {"next_position": "add"},
+    {"next_position": "subtract"},
+    {"arch": "decoder_only", "next_position": "add", "bias": True},
+    {"arch": "decoder_only", "next_position": "subtract"},
+    {"lateral": True, "decoder_self_attention": False, "bias": True},
+    {"cross_first": True, "lateral": True, "n_cross_head": 1, "next_position": "subtract"},
+]
+
+
+def variant_name(fields):
+    return " ".join(f"{name}={value}" for name, value in fields.items()) or "default"
+
+
+every_variant = pytest.mark.parametrize("fields", VARIANTS, ids=variant_name)
+
+
+def build(fields=None, seed=0, spread=True):
+    """A small model; `spread` makes its weights large, so that an error in one of them shows."""
+    torch.manual_seed(seed)
+    model = ParallelEncoderDecoder(ModelConfig(**{**SMALL, **(fields or {})}))
+    if spread:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 0.2)
+    return model.eval()
+
+
+def random_ids(*shape, seed=1, vocab_size=SMALL["vocab_size"]):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def all_logits(model, idx):
+    """The logits of every position."""
+    return model(idx, idx).logits
+
+
+# ---- independent references -------------------------------------------------
+
+
+def copy_linear(target, source, rows=slice(None)):
+    target.weight[rows] = source.weight
+    if source.bias is not None:
+        target.bias[rows] = source.bias
+
+
+def copy_attention(target, attention):
+    """Our Attention into torch.nn.MultiheadAttention."""
+    C = attention.query.in_features
+    target.in_proj_weight[:C] = attention.query.weight
+    target.in_proj_weight[C:] = attention.key_value.weight
+    target.in_proj_bias[:C] = attention.query.bias
+    target.in_proj_bias[C:] = attention.key_value.bias
+    copy_linear(target.out_proj, attention.proj)
+
+
+def reference_layer(cls):
+    return cls(24, 2, 96, dropout=0.0, activation=F.gelu, norm_first=True, batch_first=True).eval()
+
+
+def spread_layer(cls, **fields):
+    torch.manual_seed(0)
+    layer = cls(ModelConfig(**SMALL, bias=True, **fields)).eval()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return layer
+
+
+@torch.no_grad()
+def test_encoder_layer_equals_torch():
+    ours, theirs = spread_layer(EncoderLayer), reference_layer(torch.nn.TransformerEncoderLayer)
+    copy_attention(theirs.self_attn, ours.attention)
+    for a, b in [("norm1", "ln_attention"), ("norm2", "ln_ff")]:
+        copy_linear(getattr(theirs, a), getattr(ours, b))
+    copy_linear(theirs.linear1, ours.ff.w1)
+    copy_linear(theirs.linear2, ours.ff.w2)
+    x = torch.randn(3, 16, 24)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(16)
+    torch.testing.assert_close(ours(x), theirs(x, src_mask=mask), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_decoder_layer_equals_torch():
+    ours, theirs = spread_layer(DecoderLayer), reference_layer(torch.nn.TransformerDecoderLayer)
+    copy_attention(theirs.self_attn, ours.attention)
+    copy_attention(theirs.multihead_attn, ours.cross_attention)
+    for a, b in [("norm1", "ln_attention"), ("norm2", "ln_cross"), ("norm3", "ln_ff")]:
+        copy_linear(getattr(theirs, a), getattr(ours, b))
+    copy_linear(theirs.linear1, ours.ff.w1)
+    copy_linear(theirs.linear2, ours.ff.w2)
+    d, e = torch.randn(3, 16, 24), torch.randn(3, 16, 24)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(16)
+    expected = theirs(d, ours.ln_memory(e), tgt_mask=mask, memory_mask=mask)
+    torch.testing.assert_close(ours(d, e), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_decoder_only_equals_gpt2():
+    transformers = pytest.importorskip("transformers")
+    ours = build({"arch": "decoder_only", "bias": True})
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=31, n_positions=16, n_embd=24, n_layer=2, n_head=2,
+            activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    ).eval()  # fmt: skip
+    gpt = theirs.transformer
+    gpt.wte.weight.copy_(ours.tok_emb.weight)
+    gpt.wpe.weight.copy_(ours.pos_emb.weight)
+    copy_linear(gpt.ln_f, ours.ln_out)
+    for block, layer in zip(gpt.h, ours.decoder, strict=True):
+        copy_linear(block.ln_1, layer.ln_attention)
+        copy_linear(block.ln_2, layer.ln_ff)
+        attention = layer.attention
+        qkv = torch.cat([attention.query.weight, attention.key_value.weight])
+        for conv, weight, bias in (  # GPT-2's Conv1D holds its weight transposed
+            (
+                block.attn.c_attn,
+                qkv,
+                torch.cat([attention.query.bias, attention.key_value.bias]),
+            ),
+            (block.attn.c_proj, attention.proj.weight, attention.proj.bias),
+            (block.mlp.c_fc, layer.ff.w1.weight, layer.ff.w1.bias),
+            (block.mlp.c_proj, layer.ff.w2.weight, layer.ff.w2.bias),
+        ):
+            conv.weight.copy_(weight.T)
+            conv.bias.copy_(bias)
+    idx = random_ids(3, 16)
+    torch.testing.assert_close(all_logits(ours, idx), theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def reference_forward(model, idx):
+    """The equations once more, in einsums over the parameters' names; (B, T, V)."""
+    w, c = dict(model.named_parameters()), model.config
+    T = idx.size(1)
+
+    def linear(name, x):
+        y = torch.einsum("btc,dc->btd", x, w[f"{name}.weight"])
+        return y + w[f"{name}.bias"] if c.bias else y
+
+    def norm(name, x):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+        return x + w[f"{name}.bias"] if c.bias else x
+
+    def attend(name, x, memory, n_head):
+        q, (k, v) = linear(f"{name}.query", x), linear(f"{name}.key_value", memory).chunk(2, -1)
+        q, k, v = (t.reshape(*t.shape[:2], n_head, -1) for t in (q, k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.size(-1))
+        future = torch.arange(T)[None, :] > torch.arange(T)[:, None]
+        attention = scores.masked_fill(future, -torch.inf).softmax(-1)
+        return linear(f"{name}.proj", torch.einsum("bhts,bshd->bthd", attention, v).flatten(2))
+
+    def feed_forward(layer, x):
+        h = linear(f"{layer}.ff.w1", norm(f"{layer}.ln_ff", x))
+        return linear(f"{layer}.ff.w2", h * (1 + torch.erf(h / math.sqrt(2))) / 2)
+
+    def self_attend(layer, x):
+        x_norm = norm(f"{layer}.ln_attention", x)
+        return attend(f"{layer}.attention", x_norm, x_norm, c.n_head)
+
+    emb = w["tok_emb.weight"][idx] + w["pos_emb.weight"][:T]
+    e, d = emb, linear("w_in", emb) if c.arch == "parallel" else emb
+    if c.next_position == "add":
+        d = d + w["pos_emb.weight"][1 : T + 1]
+    for i in range(c.n_layer):
+        enc, dec = f"encoder.{i}", f"decoder.{i}"
+        if c.arch == "decoder_only":
+            d = d + self_attend(dec, d)
+        else:
+            e = e + self_attend(enc, e)
+            e = e + feed_forward(enc, e)
+            memory = norm(f"{dec}.ln_memory", e)
+            steps = ["self"] * c.decoder_self_attention + ["cross"]
+            for step in reversed(steps) if c.cross_first else steps:
+                if step == "self":
+                    d = d + self_attend(dec, d)
+                else:
+                    query, heads = norm(f"{dec}.ln_cross", d), c.n_cross_head or c.n_head
+                    d = d + attend(f"{dec}.cross_attention", query, memory, heads)
+                    if c.lateral:
+                        d = d + linear(f"{dec}.lateral", memory)
+        d = d + feed_forward(dec, d)
+    out = norm("ln_out", d)
+    if c.next_position == "subtract":
+        out = out - w["pos_emb.weight"][1 : T + 1]
+    return torch.einsum("btc,vc->btv", out, w["tok_emb.weight"])
+
+
+@every_variant
+@torch.no_grad()
+def test_forward_equals_the_equations(fields):
+    model, idx = build(fields), random_ids(3, 16)
+    targets = random_ids(3, 16, seed=2)
+    targets[:, :3] = -1
+    expected = reference_forward(model, idx)
+    output = model(idx, targets)
+    torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
+    picked = expected.log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    cross_entropy = -picked[targets >= 0].mean()
+    torch.testing.assert_close(output.metrics["cross_entropy"], cross_entropy)
+    extra = output.metrics.get("encoder_loss", torch.tensor(0.0))
+    torch.testing.assert_close(output.loss, cross_entropy + extra)
+
+    last = model(idx)
+    assert last.loss is None and last.metrics == {} and last.logits.shape == (3, 1, 31)
+    torch.testing.assert_close(last.logits[:, 0], output.logits[:, -1])
+
+
+# ---- properties of every variant --------------------------------------------
+
+
+@every_variant
+def test_causality(fields):
+    """Changing token t changes no logit before t, and does change the one at t."""
+    model, idx = build(fields), random_ids(2, 16)
+    before = all_logits(model, idx)
+    for t in range(16):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % 31
+        after = all_logits(model, changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-6, rtol=0)
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
+@every_variant
+@pytest.mark.parametrize("vocab_size", [65, 5000])
+def test_initial_loss_is_that_of_guessing(fields, vocab_size):
+    sizes = dict(vocab_size=vocab_size, block_size=64, n_embd=128)
+    model = build({**fields, **sizes}, spread=False)
+    idx = random_ids(8, 65, vocab_size=vocab_size)
+    loss = model(idx[:, :-1], idx[:, 1:]).metrics["cross_entropy"]
+    assert loss.item() == pytest.approx(math.log(vocab_size), rel=0.02)
+
+
+@every_variant
+def test_every_parameter_gets_a_gradient(fields):
+    model, idx = build(fields), random_ids(2, 16)
+    model(idx, random_ids(2, 16, seed=2)).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+
+
+@every_variant
+def test_learns_one_batch_by_heart(fields):
+    model = build(fields, spread=False).train()
+    idx, targets = random_ids(2, 16), random_ids(2, 16, seed=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        output = model(idx, targets)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert output.metrics["cross_entropy"] < 0.05
+
+
+@every_variant
+def test_parameter_count(fields):
+    model = build(fields)
+    c = model.config
+    C, V, L, b = c.n_embd, c.vocab_size, c.n_layer, int(c.bias)
+    norm, linear = C + b * C, C * C + b * C
+    attention, ff = 4 * linear, 8 * C * C + b * 5 * C
+    encoder = 2 * norm + attention + ff
+    decoder = 3 * norm + attention + ff + linear * c.lateral
+    decoder += (norm + attention) * c.decoder_self_attention
+    body = L * (encoder + decoder) + linear if c.arch == "parallel" else L * encoder
+    assert model.num_params() == V * C + body + norm
+    positions = c.block_size + (c.next_position != "none")
+    assert sum(p.numel() for p in model.parameters()) == model.num_params() + positions * C
+
+
+@every_variant
+def test_dropout_acts_in_training_alone(fields):
+    model, idx = build({**fields, "dropout": 0.5}), random_ids(2, 16)
+    assert torch.equal(all_logits(model, idx), all_logits(model, idx))
+    model.train()
+    assert not torch.equal(all_logits(model, idx), all_logits(model, idx))
+
+
+def test_shape_of_short_and_single_texts():
+    model = build()
+    for B, T in itertools.product((1, 3), (1, 7, 16)):
+        assert all_logits(model, random_ids(B, T)).shape == (B, T, 31)
+
+
+# ---- the parts, against numbers ---------------------------------------------
+
+
+def test_encoder_loss_by_hand():
+    emb = torch.tensor([[[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]]])
+    # LN(E) has the rows (1, -1), (-1, 1), (1, -1); their running means follow.
+    mean = torch.tensor([[[1.0, -1.0], [0.0, 0.0], [1 / 3, -1 / 3]]])
+    encoded = torch.tensor([[[1.0, 1.0], [1.0, 0.0], [2.0, -2.0]]])
+    mse = (((encoded - mean) ** 2).sum() / 6).item()
+    assert encoder_loss_of("mse", encoded, emb).item() == pytest.approx(mse, abs=1e-4)
+    cos = [0.0, 0.0, 1.0]
+    expected = sum((1 - c) / 2 for c in cos) / 3
+    assert encoder_loss_of("cosine", encoded, emb).item() == pytest.approx(expected, abs=1e-4)
+    expected = sum(-math.log((1 + c) / 2) for c in cos) / 3
+    assert encoder_loss_of("log_cosine", encoded, emb).item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine", "log_cosine"])
+def test_encoder_loss_pulls_the_encoder_alone(kind):
+    model, idx = build({"encoder_loss": kind, "encoder_loss_weight": 0.25}), random_ids(2, 16)
+    output = model(idx, idx)
+    extra = output.loss - output.metrics["cross_entropy"]
+    torch.testing.assert_close(extra, 0.25 * output.metrics["encoder_loss"])
+    # Its target is detached: without a path through the layers, no gradient reaches E.
+    emb = torch.randn(2, 16, 24, requires_grad=True)
+    encoded = torch.randn(2, 16, 24, requires_grad=True)
+    encoder_loss_of(kind, encoded, emb).backward()
+    assert emb.grad is None and encoded.grad.any()
+
+
+def test_opposite_vectors_leave_log_cosine_finite():
+    emb = torch.tensor([[[1.0, -1.0]]])
+    encoded = torch.tensor([[[-1.0, 1.0]]], requires_grad=True)
+    loss = encoder_loss_of("log_cosine", encoded, emb)
+    loss.backward()
+    assert loss.isfinite() and encoded.grad.isfinite().all()
+
+
+def test_w_in_starts_as_the_identity():
+    assert torch.equal(build(spread=False).w_in.weight, torch.eye(24))
+
+
+def test_mfu_by_hand():
+    model = build()
+    assert sum(isinstance(m, Attention) for m in model.modules()) == 6
+    per_token = 6 * model.num_params() + 6 * 12 * 24 * 16
+    mfu = model.estimate_mfu(fwdbwd_per_iter=5, dt=0.5, peak_flops=1e9)
+    assert mfu == pytest.approx(per_token * 16 * 5 / 0.5 / 1e9)
+    state = torch.random.get_rng_state()
+    assert 0 < model.estimate_mfu(fwdbwd_per_iter=5, dt=0.5) < 1
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+# ---- generation -------------------------------------------------------------
+
+
+@every_variant
+def test_greedy_generation_is_the_argmax_of_the_window(fields):
+    model, text = build(fields), random_ids(2, 3)
+    out = model.generate(text, 30, temperature=0)
+    for _ in range(30):  # block 16, moved by 8: the window holds 9 to 16 tokens once it is full
+        start = 0
+        while text.size(1) - start > 16:
+            start += 8
+        logits = reference_forward(model, text[:, start:])[:, -1]
+        text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(out, text)
+
+
+def test_window_start():
+    assert [window_start(n, 4) for n in range(1, 11)] == [0, 0, 0, 0, 2, 2, 4, 4, 6, 6]
+    assert [window_start(n, 1) for n in range(1, 4)] == [0, 1, 2]
+    assert all(1 <= n - window_start(n, b) <= b for n in range(1, 60) for b in range(1, 12))
+
+
+def test_generation_follows_its_generator_and_leaves_the_model_as_it_was():
+    model = build({"dropout": 0.5}).train()
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(random_ids(2, 20), 8, generator=generator)
+
+    assert draw(0).shape == (2, 28)
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    assert model.training
+    next(model.stream(random_ids(1, 4), 5))  # and then let go of, half way
+    assert model.training
+    assert torch.equal(model.generate(random_ids(2, 4), 0), random_ids(2, 4))
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**how):
+        drawn = sample_token(logits.expand(20000, -1), generator=generator, **how)
+        return torch.bincount(drawn[:, 0], minlength=4) / 20000
+
+    def close_to(*expected):
+        return pytest.approx(expected, abs=0.02)
+
+    assert frequencies().tolist() == close_to(0.5, 0.25, 0.15, 0.1)
+    squares = [0.25, 0.0625, 0.0225, 0.01]
+    assert frequencies(temperature=0.5).tolist() == close_to(*(s / sum(squares) for s in squares))
+    assert frequencies(top_k=2).tolist() == close_to(2 / 3, 1 / 3, 0, 0)
+    assert frequencies(top_k=9).tolist() == close_to(0.5, 0.25, 0.15, 0.1)
+    assert frequencies(top_p=0.5).tolist() == close_to(1, 0, 0, 0)
+    assert frequencies(top_p=0.6).tolist() == close_to(2 / 3, 1 / 3, 0, 0)
+    assert frequencies(top_p=1e-9).tolist() == close_to(1, 0, 0, 0)
+    assert frequencies(temperature=0).tolist() == close_to(1, 0, 0, 0)
+    assert frequencies(temperature=1e-30).tolist() == close_to(1, 0, 0, 0)
+
+
+# ---- mistakes ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"arch": "encoder"}, "arch='encoder': must be one of parallel, decoder_only"),
+        ({"encoder_loss": "l2"}, "encoder_loss='l2': must be one of none, mse"),
+        ({"next_position": "multiply"}, "next_position='multiply': must be one of none, add"),
+        ({"n_layer": 0}, "n_layer=0: must be at least 1"),
+        ({"n_head": 5}, "n_head=5: must be a divisor of n_embd=24"),
+        ({"n_cross_head": 7}, "n_cross_head=7: must be a divisor of n_embd=24"),
+        ({"n_cross_head": -1}, "n_cross_head=-1: must be 0"),
+        ({"dropout": 1.0}, r"dropout=1.0: must be in \[0, 1\)"),
+        ({"dropout": math.nan}, "dropout=nan"),
+        ({"encoder_loss_weight": -1}, "encoder_loss_weight=-1.0: must be finite and not negative"),
+        ({"encoder_loss_weight": math.inf}, "encoder_loss_weight=inf"),
+        ({"n_embd": "24"}, "n_embd='24': must be of type int"),
+        ({"bias": 1}, "bias=1: must be of type bool"),
+        ({"vocab_size": True}, "vocab_size=True: must be of type int"),
+    ],
+    ids=str,
+)
+def test_a_bad_field_is_named(fields, said):
+    with pytest.raises(ValueError, match=said):
+        ModelConfig(**{**SMALL, **fields})
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda m: m(random_ids(1, 17)), r"shape \(1, 17\): must be .* block_size=16"),
+        (lambda m: m(random_ids(1, 0)), r"shape \(1, 0\)"),
+        (lambda m: m(random_ids(5)), r"shape \(5,\)"),
+        (lambda m: m(torch.tensor([[0, 31]])), "idx has ids from 0 to 31: must be 0 to 30"),
+        (lambda m: m(torch.tensor([[-1, 3]])), "idx has ids from -1 to 3: must be 0 to 30"),
+        (lambda m: m(random_ids(1, 4), torch.full((1, 4), 31)), "targets has ids from 31 to 31"),
+        (lambda m: m(random_ids(1, 4), torch.full((1, 4), -2)), "must be -1 to 30"),
+        (lambda m: m(random_ids(1, 4), random_ids(1, 3)), "targets has the shape"),
+        (lambda m: m.generate(random_ids(1, 4), 1, temperature=-1), "temperature=-1: must be"),
+        (lambda m: m.generate(random_ids(1, 4), 1, top_k=0), "top_k=0: must be at least 1"),
+        (lambda m: m.generate(random_ids(1, 4), 1, top_p=0), r"top_p=0: must be in \(0, 1\]"),
+        (lambda m: m.generate(random_ids(1, 4), -1), "max_new_tokens=-1: must not be negative"),
+        (lambda m: m.generate(random_ids(1, 0), 1), r"shape \(1, 0\)"),
+        (lambda m: m.generate(torch.tensor([[99]]), 1), "idx has ids from 99 to 99"),
+    ],
+)
+def test_a_bad_call_says_what_is_allowed(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(build())
+
+
+def test_model_file_stands_alone(tmp_path):
+    source = Path(model_file.__file__).read_text(encoding="utf-8")
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+        )
+    }
+    assert imported - {"torch"} <= sys.stdlib_module_names
+    (tmp_path / "model.py").write_text(source, encoding="utf-8")
+    code = (
+        "import torch, model as m; c = m.ModelConfig(block_size=8, vocab_size=9, n_embd=12);"
+        "print(m.ParallelEncoderDecoder(c).generate(torch.zeros(1, 1, dtype=int), 9).shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "torch.Size([1, 10])", done.stderr
