@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -82,12 +83,18 @@ seed = 1337
 # -----------------------------------------------------------------------------
 settings = override(globals(), sys.argv[1:])
 globals().update(settings)
-for name in ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps"):
-    if settings[name] < 1:
-        fail(f"{name}={settings[name]}: must be at least 1")
-for name in ("batch_size", "max_iters", "seed", "learning_rate", "grad_clip"):
-    if settings[name] < (name == "batch_size"):
-        fail(f"{name}={settings[name]}: must be at least {int(name == 'batch_size')}")
+for name, least in {
+    "eval_interval": 1,
+    "log_interval": 1,
+    "eval_iters": 1,
+    "gradient_accumulation_steps": 1,
+    "batch_size": 1,
+    "max_iters": 0,
+    "learning_rate": 0.0,
+    "seed": 0,
+}.items():
+    if not settings[name] >= least:  # NaN is not, either
+        fail(f"{name}={settings[name]}: must be at least {least}")
 for name, allowed in {
     "init_from": ("scratch", "resume"),
     "dtype": ("auto", "bfloat16", "float32"),
@@ -387,8 +394,7 @@ while True:
         if master:
             path = Path(out_dir, "ckpt.pt")
             if not always_save_checkpoint and path.exists():
-                Path(out_dir, "ckpt_best.pt").unlink(missing_ok=True)
-                os.link(path, Path(out_dir, "ckpt_best.pt"))
+                shutil.copy(path, Path(out_dir, "ckpt_best.pt"))  # the best, no longer the last
             save_checkpoint()
             again = [arg for arg in sys.argv if not arg.startswith("--init_from")]
             print(
@@ -396,6 +402,7 @@ while True:
                 f"  python {shlex.join(again)} --init_from=resume"
             )
         if ddp:
+            dist.barrier()
             dist.destroy_process_group()
         sys.exit(130)
 
@@ -415,4 +422,5 @@ if master:
             f"\nA sample:\n{text}\n\nMore of it: python sample.py --out_dir={shlex.quote(out_dir)}"
         )
 if ddp:
+    dist.barrier()  # nobody leaves while the master still evaluates
     dist.destroy_process_group()

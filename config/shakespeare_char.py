@@ -10,7 +10,7 @@ wandb_run_name = "shakespeare-char"
 on_cuda = {
     "block_size": 256,
     "batch_size": 64,
-    "n_layer": 6,
+    "n_layer": 3,
     "n_head": 6,
     "n_embd": 384,
     "dropout": 0.2,
@@ -35,8 +35,8 @@ on_cpu = {
     "min_lr": 3e-4,
     "beta2": 0.99,
     "warmup_iters": 100,
-    "max_iters": 2000,
-    "lr_decay_iters": 2000,
+    "max_iters": 2500,
+    "lr_decay_iters": 2500,
     "eval_iters": 20,
     "compile": False,
 }

