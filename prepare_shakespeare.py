@@ -118,7 +118,7 @@ def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
     source = SOURCES.get(digest, path or f"{folder.name}/input.txt")
     print(f"  {source}")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 ({error.reason} at byte {error.start:,})") from None
     chars = "".join(sorted(set(text))) if kind == "char" else ""
