@@ -631,13 +631,13 @@ def test_sample_needs_the_checkpoint_alone(trained, tmp_path):
 
 def test_a_single_sample_streams(trained):
     command = [sys.executable, str(HERE / "sample.py"), "--out_dir=whole", "--num_samples=1"]
-    command += ["--max_new_tokens=2000", "--device=cpu", "--start=model"]
+    command += ["--max_new_tokens=1000000", "--device=cpu", "--start=model"]
     process = subprocess.Popen(command, cwd=trained[0], env=OFFLINE, stdout=subprocess.PIPE)
     first = process.stdout.read(25)
     assert first.startswith(b"model") and process.poll() is None
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
-    assert process.wait(timeout=30) == 130 and len(rest) < 1975
+    assert process.wait(timeout=30) == 130 and len(rest) < 500_000
 
 
 @pytest.mark.parametrize(
