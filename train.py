@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 Notable: every random draw follows from the seed, the iteration and the micro-step alone. So a
-resumed run repeats the undisturbed one bit for bit, and two processes repeat what one does with the
-same accumulation. A reported loss is the cross-entropy in nats per token.
+resumed run repeats the undisturbed one (on a CPU bit for bit), and two processes repeat what one
+does with the same accumulation. A reported loss is the cross-entropy in nats per token.
 """
 
 import json
@@ -81,6 +81,7 @@ dtype = "auto"  # bfloat16 on CUDA where it has it, else float32; or bfloat16, f
 compile = False  # torch.compile: faster steps after a minute of compiling
 seed = 1337
 # -----------------------------------------------------------------------------
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts Ctrl-C just ends it
 settings = override(globals(), sys.argv[1:])
 globals().update(settings)
 for name, least in {
@@ -91,6 +92,7 @@ for name, least in {
     "batch_size": 1,
     "max_iters": 0,
     "learning_rate": 0.0,
+    "weight_decay": 0.0,
     "seed": 0,
 }.items():
     if not settings[name] >= least:  # NaN is not, either
@@ -104,90 +106,93 @@ for name, allowed in {
         fail(f"{name}={settings[name]!r}: must be one of {', '.join(allowed)}")
 
 # The device, and under torchrun the processes: each takes its share of the micro-batches.
-device = pick_device(device)
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ddp, master = "RANK" in os.environ, rank == 0
+device = pick_device(device)
 if ddp and device == "cuda":
     device = f"cuda:{os.environ['LOCAL_RANK']}"
+if ddp and device == "mps":
+    device = "cpu"  # torch.distributed has no backend for MPS
 device_type = device.split(":")[0]
-try:
-    torch.zeros(1, device=device)
-except (RuntimeError, AssertionError) as error:
-    fail(f"device={device!r}: {str(error).splitlines()[0]}")
+if ":" in device:
+    torch.cuda.set_device(device)
 if ddp:
-    if device_type == "cuda":
-        torch.cuda.set_device(device)
-    auto = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(auto if backend == "auto" else backend)
+    nccl = "cpu:gloo,cuda:nccl"  # gloo beside it, since signals are agreed on without the GPU
+    auto = nccl if device_type == "cuda" else "gloo"
+    try:
+        dist.init_process_group({"auto": auto, "nccl": nccl, "gloo": "gloo"}[backend])
+    except (RuntimeError, ValueError) as error:
+        fail(f"backend={backend!r}: {str(error).splitlines()[0]}")
 micro_steps = math.ceil(gradient_accumulation_steps / world_size)  # of this process
 if micro_steps * world_size != gradient_accumulation_steps and master:
     print(f"gradient_accumulation_steps={micro_steps * world_size}, to share among {world_size}")
-torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-has_bfloat16 = device_type == "cuda" and torch.cuda.is_bf16_supported()
 if dtype == "auto":
-    dtype = "bfloat16" if has_bfloat16 else "float32"
+    has_it = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = "bfloat16" if has_it else "float32"
+if device_type == "cuda":
+    torch.set_float32_matmul_precision("high")  # TF32
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 # The data: uint16 tokens on disk, mapped into memory.
 data_dir = Path("data", dataset)
-if master and not (data_dir / "meta.json").exists():
-    if dataset not in SHAKESPEARE:
-        fail(
-            f"{data_dir}: no data set; python prepare_shakespeare.py --input_file=PATH "
-            f"--dataset={dataset} makes one"
-        )
-    try:
+try:
+    if master and not (data_dir / "meta.json").exists():
+        if dataset not in SHAKESPEARE:
+            command = f"python prepare_shakespeare.py --input_file=PATH --dataset={dataset}"
+            raise ValueError(f"{data_dir}: there is no data set; make one: {command}")
         prepare(dataset.removeprefix("shakespeare_"))
-    except (ValueError, OSError) as error:
-        fail(str(error))
-if ddp:
-    dist.barrier()
-meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
-tokenizer, vocab_size = Tokenizer(**meta["tokenizer"]), meta["vocab_size"]
-data = {part: np.memmap(data_dir / f"{part}.bin", np.uint16, mode="r") for part in ("train", "val")}
+    if ddp:
+        dist.barrier()
+    meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
+    tokenizer, vocab_size = Tokenizer(**meta["tokenizer"]), meta["vocab_size"]
+    data = {part: np.memmap(data_dir / f"{part}.bin", np.uint16, "r") for part in ("train", "val")}
+    for part, tokens in data.items():
+        if len(tokens) != meta["tokens"][part] or tokens.max() >= vocab_size:
+            raise ValueError(f"{part}.bin is not what meta.json says; prepare the data again")
+except (ValueError, OSError, KeyError, TypeError) as error:
+    fail(str(error) if str(data_dir) in str(error) else f"{data_dir}: {error}")
 
 # The model and its optimizer.
-torch.manual_seed(seed)
-start_iter, best_val_loss = 0, math.inf
+start_iter, best_val_loss, saved_is_best = 0, math.inf, False
 try:
+    torch.manual_seed(seed)
     if init_from == "resume":
         raw_model, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), device)
         start_iter, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
-        for name, value in asdict(raw_model.config).items():
-            if name in settings and settings[name] != value and master:
-                print(f"{name}={value!r}, as in the checkpoint (not {settings[name]!r})")
-        block_size = raw_model.config.block_size
+        saved_is_best = checkpoint["is_best"]
         if checkpoint["tokenizer"] != meta["tokenizer"]:
-            fail(f"{data_dir}: not the vocabulary that {out_dir}/ckpt.pt was trained with")
+            raise ValueError(f"{data_dir}: not the vocabulary that {out_dir} was trained with")
+        for name, value in asdict(raw_model.config).items():
+            if name in settings and settings[name] != value:
+                if master:
+                    print(f"{name}={value!r}, as in the checkpoint (not {settings[name]!r})")
+                settings[name] = globals()[name] = value
     else:
         model_args = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
         raw_model = ParallelEncoderDecoder(ModelConfig(vocab_size=vocab_size, **model_args))
         raw_model.to(device)
-except ValueError as error:
-    fail(str(error))
-for part, tokens in data.items():
-    if len(tokens) <= block_size:
-        fail(
-            f"{data_dir}/{part}.bin: {len(tokens)} tokens, fewer than block_size + 1 = "
-            f"{block_size + 1}; set a smaller --block_size, or use more text"
-        )
-    if tokens.max() >= vocab_size:
-        fail(
-            f"{data_dir}/{part}.bin: token {tokens.max()} is beyond the vocabulary of "
-            f"{vocab_size}; prepare the data again"
-        )
-params = list(raw_model.parameters())
-optimizer = torch.optim.AdamW(
-    [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ],
-    lr=learning_rate,
-    betas=(beta1, beta2),
-    fused=True,
-)
-if init_from == "resume":
-    optimizer.load_state_dict(checkpoint.pop("optimizer"))
+    for part, tokens in data.items():
+        if len(tokens) <= block_size:
+            raise ValueError(
+                f"{data_dir}/{part}.bin: {len(tokens)} tokens are fewer than block_size + 1 = "
+                f"{block_size + 1}; set a smaller --block_size, or use more text"
+            )
+    params = list(raw_model.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in params if p.dim() >= 2]},
+            {"params": [p for p in params if p.dim() < 2]},
+        ],
+        lr=learning_rate,
+        betas=(beta1, beta2),
+        fused=True,
+    )
+    if init_from == "resume":
+        optimizer.load_state_dict(checkpoint.pop("optimizer"))
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
+        group.update(weight_decay=decay, betas=(beta1, beta2))  # also where a checkpoint has others
+except (ValueError, KeyError, RuntimeError) as error:  # the last: a seed too large, no memory
+    fail(str(error).partition("\n")[0])
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model)
@@ -256,26 +261,38 @@ def get_lr(it: int) -> float:
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * share)) * (learning_rate - min_lr)
 
 
-def save_checkpoint() -> None:
-    """Writes out_dir/ckpt.pt aside, then renames it: at every moment a whole one is there."""
+def save_checkpoint(is_best: bool) -> None:
+    """Writes out_dir/ckpt.pt aside, then renames it: at every moment a whole one is there.
+
+    ckpt_best.pt is there where the best one is an older one.
+    """
+    global saved_is_best, saved_iter
     checkpoint = {
         "model": raw_model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "model_args": asdict(raw_model.config),
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
+        "is_best": is_best,
         "tokenizer": meta["tokenizer"],
         "config": settings,
     }
-    path = Path(out_dir, "ckpt.pt")
+    path, best, aside = (Path(out_dir, f"ckpt{end}") for end in (".pt", "_best.pt", ".tmp"))
     try:
-        with open(path.with_suffix(".tmp"), "wb") as file:
+        with open(aside, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
+        if saved_is_best and not is_best:
+            shutil.copyfile(path, best.with_suffix(".tmp"))
+            os.replace(best.with_suffix(".tmp"), best)
+        os.replace(aside, path)
+        if is_best:
+            best.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
         fail(f"{path}: cannot be written: {error}")
+    saved_is_best, saved_iter = is_best, iter_num
 
 
 def log_evaluation(**row: float) -> None:
@@ -290,7 +307,7 @@ stop_signal = 0
 
 
 def on_signal(number: int, frame: object) -> None:
-    """Remembers to stop after this iteration; a second Ctrl-C ends a single process at once."""
+    """Asks for a stop after this iteration; a second Ctrl-C ends a single process at once."""
     global stop_signal
     stop_signal = number
     if not ddp:
@@ -298,13 +315,10 @@ def on_signal(number: int, frame: object) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether any process got a signal; all processes ask at the same iterations."""
-    if not ddp:
-        return stop_signal != 0
-    if iter_num % log_interval:
-        return False
-    flag = torch.tensor(stop_signal, device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    """Whether any of the processes got a signal."""
+    flag = torch.tensor(stop_signal)
+    if ddp:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
     return flag.item() != 0
 
 
@@ -313,7 +327,10 @@ if wandb_log and master:
         import wandb
     except ImportError:
         fail("wandb_log=True needs wandb: pip install wandb, or set --wandb_log=False")
-    wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+    try:
+        wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+    except wandb.Error as error:
+        fail(f"wandb: {error}")
 if master:
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -325,11 +342,12 @@ if master:
     )
 signal.signal(signal.SIGINT, on_signal)
 
-iter_num = start_iter
+iter_num = saved_iter = start_iter
+raw_model.estimate_mfu(1, 1)  # measures the machine's peak, before the clock starts
 start = last = time.perf_counter()
 last_iter = iter_num
 while True:
-    # Evaluate, and save. A resumed run has just done that.
+    # Evaluate, and save. A resumed run did that before it stopped.
     due = iter_num % eval_interval == 0 or iter_num == max_iters
     if master and (eval_only or (due and (iter_num == 0 or iter_num != start_iter))):
         began = time.perf_counter()
@@ -338,23 +356,39 @@ while True:
             f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}",
             flush=True,
         )
-        if eval_only:
-            break
-        seconds = time.perf_counter() - start
-        log_evaluation(
-            iter=iter_num,
-            train_loss=losses["train"],
-            val_loss=losses["val"],
-            lr=get_lr(iter_num),
-            seconds=seconds,
-        )
-        improved = losses["val"] < best_val_loss
-        best_val_loss = min(best_val_loss, losses["val"])
-        if iter_num > 0 and (improved or always_save_checkpoint):
-            save_checkpoint()
+        if not math.isfinite(losses["val"]):
+            fail(f"the loss is {losses['val']} at iteration {iter_num}; lower --learning_rate")
+        if not eval_only:
+            seconds = time.perf_counter() - start
+            log_evaluation(
+                iter=iter_num,
+                train_loss=losses["train"],
+                val_loss=losses["val"],
+                lr=get_lr(iter_num),
+                seconds=seconds,
+            )
+            improved = iter_num > 0 and losses["val"] < best_val_loss
+            if improved:
+                best_val_loss = losses["val"]
+            if improved or (always_save_checkpoint and iter_num > 0):
+                save_checkpoint(is_best=improved)
         last += time.perf_counter() - began
     if iter_num >= max_iters or eval_only:
         break
+    if stop_requested():
+        if master:
+            if saved_iter != iter_num:
+                save_checkpoint(is_best=False)
+            again = [arg for arg in sys.argv if arg != "--init_from=resume"]
+            start_with = f"torchrun --standalone --nproc_per_node={world_size}" if ddp else "python"
+            print(
+                f"stopped after {iter_num} iterations; saved {out_dir}/ckpt.pt; to go on:\n"
+                f"  {start_with} {shlex.join(again)} --init_from=resume"
+            )
+        if ddp:
+            dist.barrier()
+            dist.destroy_process_group()
+        sys.exit(130)
 
     # One iteration: accumulate the gradient over the micro-steps, then step.
     for group in optimizer.param_groups:
@@ -390,37 +424,24 @@ while True:
                 flush=True,
             )
     iter_num += 1
-    if stop_requested():
-        if master:
-            path = Path(out_dir, "ckpt.pt")
-            if not always_save_checkpoint and path.exists():
-                shutil.copy(path, Path(out_dir, "ckpt_best.pt"))  # the best, no longer the last
-            save_checkpoint()
-            again = [arg for arg in sys.argv if not arg.startswith("--init_from")]
-            print(
-                f"stopped after {iter_num} iterations; saved {path}; to go on:\n"
-                f"  python {shlex.join(again)} --init_from=resume"
-            )
-        if ddp:
-            dist.barrier()
-            dist.destroy_process_group()
-        sys.exit(130)
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if master:
     took = time.perf_counter() - start
     val_loss = whole_val_loss()
     print(f"whole validation split: loss {val_loss:.4f}, after {iter_num} iterations, {took:.1f} s")
     if not eval_only:
         log_evaluation(iter=iter_num, whole_val_loss=val_loss, seconds=took)
-        prompt = "\n" if tokenizer.kind == "gpt2" or "\n" in tokenizer.chars else tokenizer.chars[0]
-        prompt = torch.tensor([tokenizer.encode(prompt)], device=device)
+        has_newline = tokenizer.kind == "gpt2" or "\n" in tokenizer.chars
+        prompt = "\n" if has_newline else tokenizer.chars[0]
+        idx = torch.tensor([tokenizer.encode(prompt)], device=device)
         torch.manual_seed(seed)
-        text = tokenizer.decode(
-            raw_model.generate(prompt, 300, temperature=0.8, top_k=200)[0].tolist()
-        )
-        print(
-            f"\nA sample:\n{text}\n\nMore of it: python sample.py --out_dir={shlex.quote(out_dir)}"
-        )
+        idx = raw_model.generate(idx, 300, temperature=0.8, top_k=200)
+        print(f"\nA sample:\n{tokenizer.decode(idx[0].tolist())}\n")
+        if Path(out_dir, "ckpt.pt").exists():
+            command = ["python", "sample.py", f"--out_dir={out_dir}"]
+            command += [] if has_newline else [f"--start={prompt}"]
+            print(f"More of it: {shlex.join(command)}")
 if ddp:
     dist.barrier()  # nobody leaves while the master still evaluates
     dist.destroy_process_group()

@@ -16,11 +16,11 @@ Settings = dict[str, Any]
 
 
 def settings_of(script_globals: Settings) -> Settings:
-    """The settings of a script, with defaults: its public globals of type int, float, bool, str."""
+    """The settings of a script: its globals in lower case of type int, float, bool or str."""
     return {
         name: value
         for name, value in script_globals.items()
-        if not name.startswith("_") and isinstance(value, (int, float, bool, str))
+        if name.islower() and name[0] != "_" and isinstance(value, (int, float, bool, str))
     }
 
 
@@ -46,18 +46,17 @@ def override(script_globals: Settings, argv: list[str]) -> Settings:
                 fail(f"--{key}: has no value; write --{key}=VALUE")
         items.append((key, parse(value, defaults.get(key)), f"--{key}={value}"))
 
-    on_cuda = False
-    if "device" in defaults:
-        device = next((v for k, v, _ in reversed(items) if k == "device"), defaults["device"])
-        on_cuda = pick_device(device).startswith("cuda")
+    device = next((v for k, v, _ in reversed(items) if k == "device"), defaults.get("device"))
+    on_cuda = "cuda" in str(pick_device(device) if device == "auto" else device)
     settings = dict(defaults)
     for key, value, where in items:
-        if key in ("on_cuda", "on_cpu"):
-            chosen = value if (key == "on_cuda") == on_cuda else {}
-        else:
-            chosen = {key: value}
-        for name, item in chosen.items():
-            settings[name] = check(name, item, defaults, where)
+        of_device = key in ("on_cuda", "on_cpu")
+        if of_device and not isinstance(value, dict):
+            fail(f"{where}: {key}: takes a dict of settings, not {value!r}")
+        for name, item in (value if of_device else {key: value}).items():
+            item = check(name, item, defaults, where)
+            if not of_device or (key == "on_cuda") == on_cuda:
+                settings[name] = item
     return settings
 
 
@@ -83,10 +82,8 @@ def read_config_file(path: str) -> list[tuple[str, Any, str]]:
         name = node.targets[0].id
         try:
             value = ast.literal_eval(node.value)
-        except ValueError:
+        except (ValueError, TypeError):
             fail(f"{where}: {name}: takes a plain value, not {ast.unparse(node.value)!r}")
-        if name in ("on_cuda", "on_cpu") and not isinstance(value, dict):
-            fail(f"{where}: {name}: takes a dict of settings, not {value!r}")
         items.append((name, value, where))
     return items
 
@@ -99,7 +96,7 @@ def parse(text: str, default: Any) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -120,21 +117,26 @@ def check(name: Any, value: Any, defaults: Settings, where: str) -> Any:
 def print_help(script_globals: Settings, defaults: Settings) -> None:
     """Prints the script's docstring, and every setting as its source has it, comment included."""
     print(script_globals["__doc__"].strip() + "\n\nSettings and their defaults:\n")
+    names = set(defaults)
     for line in Path(script_globals["__file__"]).read_text(encoding="utf-8").splitlines():
         match = re.match(r"(\w+) = ", line)
-        if match and match[1] in defaults:
+        if match and match[1] in names:
+            names.remove(match[1])  # its first assignment is the default
             print(f"  --{line.replace(' = ', '=', 1)}")
 
 
 def pick_device(device: str) -> str:
-    """`auto` as the device to use: CUDA, else MPS, else the CPU; anything else as it stands."""
-    if device != "auto":
-        return device
+    """The device to use: for `auto` CUDA, else MPS, else the CPU. Ends the process without it."""
     import torch  # here, since preparing text needs no torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else mps
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"device={device!r}: {str(error).splitlines()[0]}")
+    return device
 
 
 def fail(message: str) -> NoReturn:
