@@ -19,9 +19,16 @@ from model import (
     Attention,
     DecoderLayer,
     EncoderLayer,
+    Mask,
     ModelConfig,
     ParallelEncoderDecoder,
+    apply_mask,
     encoder_loss_of,
+    entropy,
+    l1,
+    mask_statistics,
+    penalty_growth,
+    round_mask,
     sample_token,
     window_start,
 )
@@ -48,12 +55,28 @@ VARIANTS = [
     {"lateral": True, "decoder_self_attention": False, "bias": True},
     {"cross_first": True, "lateral": True, "n_cross_head": 1, "next_position": "subtract"},
 ]
+# The same for learned dropout: every value of every field of its table.
+EXPERTS = [
+    {"n_expert": 8, "l1_weight": 0.1, "entropy_weight": 0.05},
+    {"n_expert": 96, "arch": "decoder_only", "l1_weight": 0.1, "l1_norm": "squared"},
+    {"n_expert": 1, "bias": True},
+    {"n_expert": 24, "expert_site": "output", "entropy_weight": 0.5},
+    {"n_expert": 8, "router_input": "embedding", "l1_weight": 0.1},
+    {"n_expert": 8, "router_input": "embedding", "arch": "decoder_only", "router_n_head": 4},
+    {"n_expert": 8, "router_n_head": 2, "router_head_dim": 5, "router_detach": True},
+    {"n_expert": 8, "shift_init": math.pi, "penalty_schedule": "linear"},
+    {"n_expert": 8, "shift_init": 1.5, "penalty_schedule": "exponential", "penalty_iters": 7},
+    {"n_expert": 8, "rounding": "sigmoid", "rounding_scale": 20.0},
+    {"n_expert": 8, "rounding": "none", "expert_site": "output", "bias": True, "lateral": True},
+]
+VARIANTS += EXPERTS
 
 
 def variant_name(fields):
     return " ".join(f"{name}={value}" for name, value in fields.items()) or "default"
 
 
+every_expert_variant = pytest.mark.parametrize("fields", EXPERTS, ids=variant_name)
 every_variant = pytest.mark.parametrize("fields", VARIANTS, ids=variant_name)
 
 
@@ -63,8 +86,9 @@ def build(fields=None, seed=0, spread=True):
     model = ParallelEncoderDecoder(ModelConfig(**{**SMALL, **(fields or {})}))
     if spread:
         with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn_like(p) * 0.2)
+            for name, p in model.named_parameters():
+                of_router = name.endswith(("router.shift", "router.query_key_value.weight"))
+                p.add_(torch.randn_like(p) * (1.0 if of_router else 0.2))
     return model.eval()
 
 
@@ -119,7 +143,7 @@ def test_encoder_layer_equals_torch():
     copy_linear(theirs.linear2, ours.ff.w2)
     x = torch.randn(3, 16, 24)
     mask = torch.nn.Transformer.generate_square_subsequent_mask(16)
-    torch.testing.assert_close(ours(x), theirs(x, src_mask=mask), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x)[0], theirs(x, src_mask=mask), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -134,7 +158,7 @@ def test_decoder_layer_equals_torch():
     d, e = torch.randn(3, 16, 24), torch.randn(3, 16, 24)
     mask = torch.nn.Transformer.generate_square_subsequent_mask(16)
     expected = theirs(d, ours.ln_memory(e), tgt_mask=mask, memory_mask=mask)
-    torch.testing.assert_close(ours(d, e), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(d, e)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -187,16 +211,45 @@ def reference_forward(model, idx):
         return x + w[f"{name}.bias"] if c.bias else x
 
     def attend(name, x, memory, n_head):
-        q, (k, v) = linear(f"{name}.query", x), linear(f"{name}.key_value", memory).chunk(2, -1)
+        k, v = linear(f"{name}.key_value", memory).chunk(2, -1)
+        return linear(f"{name}.proj", attention(linear(f"{name}.query", x), k, v, n_head))
+
+    def attention(q, k, v, n_head):
         q, k, v = (t.reshape(*t.shape[:2], n_head, -1) for t in (q, k, v))
         scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.size(-1))
         future = torch.arange(T)[None, :] > torch.arange(T)[:, None]
-        attention = scores.masked_fill(future, -torch.inf).softmax(-1)
-        return linear(f"{name}.proj", torch.einsum("bhts,bshd->bthd", attention, v).flatten(2))
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        return torch.einsum("bhts,bshd->bthd", weights, v).flatten(2)
+
+    def route(router, x, groups):
+        """The rounded masks, each mask value repeated for the units of its expert."""
+        keys = c.router_n_head * c.router_head_dim
+        qkv = linear(f"{router}.query_key_value", x)
+        q, k, v = qkv.tensor_split([keys, 2 * keys], -1)
+        A = attention(q, k, v, c.router_n_head)
+        m = (torch.cos(A + w[f"{router}.shift"]) + 1) / 2
+        if c.rounding != "none":
+            m = m.round()  # where no m is 0.5
+        return m.unflatten(-1, (groups, -1)).unbind(-2)
+
+    def mask_of(layer, x):
+        if c.n_expert == 0:
+            return torch.ones(1)
+        if c.router_input == "hidden":
+            return route(f"{layer}.ff.router", x, 1)[0]
+        blocks = [f"{s}.{i}" for i in range(c.n_layer) for s in ("encoder", "decoder")]
+        blocks = [b for b in blocks if c.arch == "parallel" or b.startswith("decoder")]
+        return route("router", emb, len(blocks))[blocks.index(layer)]
 
     def feed_forward(layer, x):
-        h = linear(f"{layer}.ff.w1", norm(f"{layer}.ln_ff", x))
-        return linear(f"{layer}.ff.w2", h * (1 + torch.erf(h / math.sqrt(2))) / 2)
+        x = norm(f"{layer}.ln_ff", x)
+        h, r = linear(f"{layer}.ff.w1", x), mask_of(layer, x)
+        h = h * (1 + torch.erf(h / math.sqrt(2))) / 2
+        units = h if c.expert_site == "hidden" else x
+        r = r.repeat_interleave(units.size(-1) // r.size(-1), dim=-1)
+        if c.expert_site == "hidden":
+            return linear(f"{layer}.ff.w2", h * r)
+        return linear(f"{layer}.ff.w2", h) * r
 
     def self_attend(layer, x):
         x_norm = norm(f"{layer}.ln_attention", x)
@@ -242,7 +295,9 @@ def test_forward_equals_the_equations(fields):
     picked = expected.log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
     cross_entropy = -picked[targets >= 0].mean()
     torch.testing.assert_close(output.metrics["cross_entropy"], cross_entropy)
-    extra = output.metrics.get("encoder_loss", torch.tensor(0.0))
+    penalties = {"encoder_loss": 1.0}
+    penalties |= {"entropy": model.config.entropy_weight, "l1": model.config.l1_weight}
+    extra = sum(weight * output.metrics.get(name, 0.0) for name, weight in penalties.items())
     torch.testing.assert_close(output.loss, cross_entropy + extra)
 
     last = model(idx)
@@ -269,7 +324,7 @@ def test_causality(fields):
 @every_variant
 @pytest.mark.parametrize("vocab_size", [65, 5000])
 def test_initial_loss_is_that_of_guessing(fields, vocab_size):
-    sizes = dict(vocab_size=vocab_size, block_size=64, n_embd=128)
+    sizes = dict(vocab_size=vocab_size, block_size=64, n_embd=120)
     model = build({**fields, **sizes}, spread=False)
     idx = random_ids(8, 65, vocab_size=vocab_size)
     loss = model(idx[:, :-1], idx[:, 1:]).metrics["cross_entropy"]
@@ -278,7 +333,7 @@ def test_initial_loss_is_that_of_guessing(fields, vocab_size):
 
 @every_variant
 def test_every_parameter_gets_a_gradient(fields):
-    model, idx = build(fields), random_ids(2, 16)
+    model, idx = build(fields).train(), random_ids(2, 16)
     model(idx, random_ids(2, 16, seed=2)).loss.backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
@@ -289,7 +344,7 @@ def test_learns_one_batch_by_heart(fields):
     model = build(fields, spread=False).train()
     idx, targets = random_ids(2, 16), random_ids(2, 16, seed=2)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(100):
+    for _ in range(200):
         output = model(idx, targets)
         optimizer.zero_grad()
         output.loss.backward()
@@ -304,11 +359,15 @@ def test_parameter_count(fields):
     C, V, L, b = c.n_embd, c.vocab_size, c.n_layer, int(c.bias)
     norm, linear = C + b * C, C * C + b * C
     attention, ff = 4 * linear, 8 * C * C + b * 5 * C
+    G, keys = c.n_expert, c.router_n_head * c.router_head_dim
+    blocks = L * (2 if c.arch == "parallel" else 1)
+    routers, shares = (blocks, 1) if c.router_input == "hidden" else (1, blocks)
+    router = (C + b) * (2 * keys + shares * G) + shares * G if G else 0
     encoder = 2 * norm + attention + ff
     decoder = 3 * norm + attention + ff + linear * c.lateral
     decoder += (norm + attention) * c.decoder_self_attention
     body = L * (encoder + decoder) + linear if c.arch == "parallel" else L * encoder
-    assert model.num_params() == V * C + body + norm
+    assert model.num_params() == V * C + body + norm + routers * router
     positions = c.block_size + (c.next_position != "none")
     assert sum(p.numel() for p in model.parameters()) == model.num_params() + positions * C
 
@@ -378,6 +437,246 @@ def test_mfu_by_hand():
     state = torch.random.get_rng_state()
     assert 0 < model.estimate_mfu(fwdbwd_per_iter=5, dt=0.5) < 1
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+# ---- learned dropout --------------------------------------------------------
+
+
+def test_penalties_by_hand():
+    m = torch.tensor([0.0, 0.25, 0.5, 1 / math.e, 1.0])
+    bits = [0.0, 0.5, 0.5, math.log2(math.e) / math.e, 0.0]
+    assert entropy(m).tolist() == pytest.approx(bits) and entropy(m)[0] == 0 == entropy(m)[4]
+    assert entropy(m).argmax() == 3  # the largest at 1 / e
+    assert l1(m, "linear").tolist() == pytest.approx(m.tolist())
+    assert l1(m, "squared").tolist() == pytest.approx([0.0, 1 / 32, 1 / 8, 0.5 / math.e**2, 0.5])
+
+
+def test_statistics_by_hand():
+    m = torch.tensor([[[0.05, 0.95], [0.5, 0.92]]])  # B 1, T 2, G 2
+    stats = mask_statistics(Mask(m, m.round()), "squared")
+    assert stats["experts_on"] == 0.5 and stats["near_one"] == 0.5 and stats["near_zero"] == 0.25
+    bits = sum(-p * math.log2(p) for p in (0.05, 0.95, 0.5, 0.92))
+    assert stats["entropy"].item() == pytest.approx(bits / 4)
+    squares = 0.05**2 + 0.95**2 + 0.5**2 + 0.92**2
+    assert stats["l1"].item() == pytest.approx(squares / 8)
+
+
+def test_schedules_by_hand():
+    def growth(schedule, *its):
+        return [penalty_growth(schedule, it, 10) for it in its]
+
+    assert growth("constant", 0, 5, 99) == [1, 1, 1]
+    assert growth("linear", 0, 1, 5, 10, 99) == [0, 0.1, 0.5, 1, 1]
+    exponential = [0, (math.e**2.5 - 1) / (math.e**5 - 1), 1, 1]
+    assert growth("exponential", 0, 5, 10, 99) == pytest.approx(exponential)
+
+
+def test_rounding_by_hand():
+    m = torch.tensor([0.0, 0.25, 0.4999, 0.5, 0.75, 1.0])
+    for rounding in ("stochastic", "sigmoid"):
+        evaluated = round_mask(m, rounding, 60.0, training=False)
+        assert evaluated.tolist() == [0, 0, 0, 1, 1, 1]
+    soft = [1 / (1 + math.exp(-60 * (p - 0.5))) for p in m.tolist()]
+    assert round_mask(m, "sigmoid", 60.0, training=True).tolist() == pytest.approx(soft)
+    for training in (True, False):
+        assert torch.equal(round_mask(m, "none", 60.0, training), m)
+    torch.manual_seed(0)
+    drawn = round_mask(m.expand(20000, -1), "stochastic", 60.0, training=True)
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}  # exactly, so that off is nothing at all
+    assert drawn.mean(0).tolist() == pytest.approx(m.tolist(), abs=0.02)
+    assert drawn[:, 0].max() == 0 and drawn[:, -1].min() == 1
+
+
+def test_stochastic_rounding_is_straight_through():
+    """The slope dr/dm is 1 everywhere, also where m was rounded to 0."""
+    torch.manual_seed(0)
+    m = torch.rand(3, 5, 8, requires_grad=True)
+    r = round_mask(m, "stochastic", 60.0, training=True)
+    slope = torch.randn_like(m)
+    (r * slope).sum().backward()
+    assert (r == 0).any() and torch.equal(m.grad, slope)
+
+
+def test_a_mask_value_covers_its_group():
+    x = torch.arange(1.0, 13.0).reshape(1, 2, 6)
+    r = torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+    expected = [[[1, 2, 0, 0, 5, 6], [0, 0, 9, 10, 0, 0]]]
+    assert apply_mask(x, r).tolist() == expected
+
+
+@every_expert_variant
+def test_penalties_are_means_over_all_masks(fields):
+    """The metrics times the number of mask elements are the plain sums of the definition."""
+    model, idx = build(fields), random_ids(3, 16)
+    c, metrics = model.config, model(idx, idx).metrics
+    m, r = model.expert_masks(idx, rounded=False), model.expert_masks(idx)
+    stacks = 2 if c.arch == "parallel" else 1
+    assert m.shape == r.shape == (2, stacks, 3, 16, c.n_expert)
+    assert torch.equal(r, m if c.rounding == "none" else (m >= 0.5).float())
+    total = m.numel()
+    ln = m.clamp_min(1e-30).log2()
+    assert metrics["entropy"].item() * total == pytest.approx(-(m * ln).sum().item(), rel=1e-4)
+    norm = m.square() / 2 if c.l1_norm == "squared" else m
+    assert metrics["l1"].item() * total == pytest.approx(norm.sum().item(), rel=1e-4)
+    assert metrics["experts_on"].item() == pytest.approx((r >= 0.5).float().mean().item())
+    for name in ("near_one", "near_zero"):
+        share = (m > 0.9) if name == "near_one" else (m < 0.1)
+        assert metrics[name].item() == pytest.approx(share.float().mean().item())
+    assert 0.05 < metrics["experts_on"] < 0.95  # the test sees both kinds
+
+
+def test_the_weights_of_the_penalties_can_be_set():
+    model, idx = build({"n_expert": 8, "l1_weight": 0.1, "entropy_weight": 0.2}), random_ids(2, 16)
+    model.penalty_weights.copy_(torch.tensor([3.0, 5.0]))
+    loss, metrics = model(idx, idx)[1:]
+    extra = 3 * metrics["entropy"] + 5 * metrics["l1"]
+    torch.testing.assert_close(loss, metrics["cross_entropy"] + extra)
+    assert "penalty_weights" not in model.state_dict()
+
+
+def test_experts_that_are_off_give_nothing():
+    """With all of them off, the model is the one whose feed-forward blocks are cut out."""
+    model, idx = build({"n_expert": 8}), random_ids(2, 16)
+    routers = [m for m in model.modules() if hasattr(m, "shift")]
+    with torch.no_grad():
+        for router in routers:
+            router.query_key_value.weight.zero_()
+            router.shift.fill_(math.pi)
+        assert model.expert_masks(idx).sum() == 0
+        off = all_logits(model, idx)
+        for module in model.modules():
+            if hasattr(module, "w2"):
+                module.w1.weight.mul_(1e6)
+        assert torch.equal(all_logits(model, idx), off)
+        for router in routers:
+            router.shift.zero_()
+        assert model.expert_masks(idx).min() == 1
+
+
+@pytest.mark.parametrize("l1_norm", ["linear", "squared"])
+@pytest.mark.parametrize("shift_init", [0.0, math.pi])
+@pytest.mark.parametrize("site", ["hidden", "output"])
+def test_gradients_are_finite_where_masks_are_exactly_0_and_1(site, shift_init, l1_norm):
+    model = build(
+        dict(
+            n_expert=8, expert_site=site, shift_init=shift_init, l1_norm=l1_norm,
+            entropy_weight=1.0, l1_weight=1.0,
+        ),
+        spread=False,
+    ).train()  # fmt: skip
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "shift"):
+                module.query_key_value.weight.zero_()
+    idx = random_ids(2, 16)
+    m = model.expert_masks(idx, rounded=False)
+    assert (m == (1.0 if shift_init == 0 else 0.0)).all()
+    model(idx, idx).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad.isfinite().all(), name
+        if "shift" in name:  # dm/dA is 0 at both ends
+            assert p.grad.abs().max() < 1e-5
+
+
+def test_training_with_a_large_entropy_penalty_stays_finite():
+    for shift_init in (0.0, math.pi):
+        fields = dict(n_expert=8, entropy_weight=1.0, shift_init=shift_init)
+        model, idx = build(fields, spread=False).train(), random_ids(4, 16)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(100):
+            optimizer.zero_grad()
+            output = model(idx, idx)
+            output.loss.backward()
+            assert all(p.grad.isfinite().all() for p in model.parameters())
+            optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_entropy_slope_meets_the_slope_of_the_mask():
+    """dH/dA near the ends, against the formula in double precision; 0 at them."""
+    A = torch.tensor([math.pi - 1e-2, math.pi - 1e-3, 1e-3, 2.0], dtype=torch.float64)
+    for dtype, rel in ((torch.float64, 1e-9), (torch.float32, 1e-2)):
+        a = A.to(dtype).detach().requires_grad_()
+        entropy(0.5 * torch.cos(a) + 0.5).sum().backward()
+        m = 0.5 * torch.cos(A) + 0.5
+        expected = (-torch.log2(m) - 1 / math.log(2)) * -0.5 * torch.sin(A)
+        assert a.grad.tolist() == pytest.approx(expected.tolist(), rel=rel, abs=1e-6)
+    m = torch.tensor([0.0], requires_grad=True)
+    entropy(m).backward()
+    assert m.grad.item() == 0
+
+
+@pytest.mark.parametrize(
+    "fields", [e for e in EXPERTS if not e.get("router_detach")], ids=variant_name
+)
+def test_the_gradient_of_the_router_is_that_of_the_unrounded_path(fields):
+    """Autograd through mask, block and penalties, against finite differences."""
+    fields = {**fields, "rounding": "none", "entropy_weight": 0.3, "l1_weight": 0.2}
+    model, idx = build(fields).double(), random_ids(2, 8)
+    model.penalty_weights = model.penalty_weights.double()
+    parameters = [p for n, p in model.named_parameters() if "router" in n]
+    model(idx, idx).loss.backward()
+    torch.manual_seed(1)
+    direction = [torch.randn_like(p) for p in parameters]
+    slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True)).item()
+
+    @torch.no_grad()
+    def moved(step):
+        for p, d in zip(parameters, direction, strict=True):
+            p.add_(d, alpha=step)
+        loss = model(idx, idx).loss.item()
+        for p, d in zip(parameters, direction, strict=True):
+            p.sub_(d, alpha=step)
+        return loss
+
+    h = 1e-5
+    assert slope == pytest.approx((moved(h) - moved(-h)) / (2 * h), rel=1e-4)
+
+
+def test_a_detached_router_sends_nothing_to_its_input():
+    for router_input in ("hidden", "embedding"):
+        for detach in (False, True):
+            fields = dict(n_expert=8, router_input=router_input, router_detach=detach)
+            fields |= dict(arch="decoder_only", n_layer=1, l1_weight=1.0)
+            model, idx = build(fields).train(), random_ids(2, 16)
+            stats = mask_statistics(model.stacks(idx)[-1], "linear")
+            stats["l1"].sum().backward()
+            reached = model.pos_emb.weight.grad is not None and model.pos_emb.weight.grad.any()
+            assert bool(reached) is not detach
+
+
+@every_expert_variant
+def test_masks_are_causal(fields):
+    model, idx = build(fields), random_ids(2, 16)
+    before = model.expert_masks(idx, rounded=False)
+    for t in range(16):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % 31
+        after = model.expert_masks(changed, rounded=False)
+        torch.testing.assert_close(after[..., :t, :], before[..., :t, :], atol=1e-6, rtol=0)
+        assert (after[..., t, :] != before[..., t, :]).any()
+
+
+def test_more_weight_on_a_penalty_gives_less_of_it():
+    def train(**weights):
+        model = build({"n_expert": 8, "shift_init": 0.5, **weights}, spread=False).train()
+        idx = random_ids(8, 17)
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        for _ in range(200):
+            optimizer.zero_grad()
+            model(idx[:, :-1], idx[:, 1:]).loss.backward()
+            optimizer.step()
+        return model.eval()(idx[:, :-1], idx[:, 1:]).metrics
+
+    on = [train(l1_weight=weight)["experts_on"].item() for weight in (0.0, 0.3, 3.0)]
+    assert on[0] > on[1] > on[2]
+    bits = [train(entropy_weight=weight)["entropy"].item() for weight in (0.0, 3.0)]
+    assert bits[1] < bits[0]
+
+
+def test_a_model_without_experts_has_no_masks():
+    with pytest.raises(ValueError, match="n_expert=0: this model has no experts"):
+        build().expert_masks(random_ids(1, 4))
 
 
 # ---- generation -------------------------------------------------------------
@@ -457,6 +756,22 @@ def test_sampling_follows_the_distribution():
         ({"dropout": math.nan}, "dropout=nan"),
         ({"encoder_loss_weight": -1}, "encoder_loss_weight=-1.0: must be finite and not negative"),
         ({"encoder_loss_weight": math.inf}, "encoder_loss_weight=inf"),
+        ({"n_expert": 5}, "n_expert=5: must be 0, or a divisor of the 96 hidden units"),
+        ({"n_expert": -4}, "n_expert=-4: must be 0, or a divisor"),
+        ({"n_expert": 96, "expert_site": "output"}, "n_expert=96: .* divisor of the 24 output"),
+        ({"n_expert": 8, "expert_site": "input"}, "expert_site='input': must be one of hidden"),
+        ({"n_expert": 8, "router_input": "e"}, "router_input='e': must be one of hidden, embed"),
+        ({"n_expert": 8, "router_n_head": 3}, "router_n_head=3: must be a divisor of n_expert=8"),
+        ({"router_head_dim": 0}, "router_head_dim=0: must be at least 1"),
+        ({"shift_init": 3.2}, r"shift_init=3.2: must be in \[0, pi\]"),
+        ({"shift_init": -0.1}, r"shift_init=-0.1: must be in \[0, pi\]"),
+        ({"rounding": "hard"}, "rounding='hard': must be one of stochastic, sigmoid, none"),
+        ({"rounding_scale": -1.0}, "rounding_scale=-1.0: must be finite and not negative"),
+        ({"l1_norm": "l2"}, "l1_norm='l2': must be one of linear, squared"),
+        ({"entropy_weight": -0.1}, "entropy_weight=-0.1: must be finite and not negative"),
+        ({"l1_weight": math.nan}, "l1_weight=nan: must be finite and not negative"),
+        ({"penalty_schedule": "cosine"}, "penalty_schedule='cosine': must be one of constant"),
+        ({"penalty_iters": 0}, "penalty_iters=0: must be at least 1"),
         ({"n_embd": "24"}, "n_embd='24': must be of type int"),
         ({"bias": 1}, "bias=1: must be of type bool"),
         ({"vocab_size": True}, "vocab_size=True: must be of type int"),
