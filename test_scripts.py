@@ -109,6 +109,15 @@ def losses(folder):
     return [[row.get(name) for name in names] for row in evaluations(folder)]
 
 
+def figures(folder):
+    """All that a run logged but the time that it took, a row an iteration."""
+    rows = {}
+    for row in evaluations(folder):
+        del row["seconds"]
+        rows.setdefault(row["iter"], {}).update(row)
+    return rows
+
+
 def weights(folder, name="ckpt.pt"):
     return torch.load(folder / name, weights_only=True)["model"]
 
@@ -515,13 +524,36 @@ def test_same_seed_same_run(trained, workplace):
     assert not same_run(workplace / "other", whole)
 
 
-def test_resume_repeats_the_undisturbed_run(trained, workplace):
-    succeed(workplace, "train.py", *TINY, "--out_dir=half", "--max_iters=10")
-    printed = succeed(workplace, "train.py", *TINY, "--out_dir=half", "--init_from=resume")
+# Dense, and three settings that have every value of every field of learned dropout among them.
+RUNS = {
+    "dense": "",
+    "stochastic": "--n_expert=8 --l1_norm=squared --l1_weight=0.1 --entropy_weight=0.05 "
+    "--penalty_schedule=linear --penalty_iters=15",
+    "sigmoid": "--n_expert=16 --expert_site=output --router_input=embedding --router_n_head=2 "
+    "--router_head_dim=4 --router_detach=True --rounding=sigmoid --rounding_scale=20.0 "
+    "--shift_init=1.5 --l1_weight=0.1 --penalty_schedule=exponential --penalty_iters=15",
+    "none": "--arch=decoder_only --n_expert=4 --rounding=none --entropy_weight=0.1",
+}
+
+
+@pytest.fixture(scope="session", params=RUNS)
+def twice_accumulated(request, tmp_path_factory, prepared):
+    """A folder where a run of one process and two micro-steps went to its end; its arguments."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "data").symlink_to(prepared / "data")
+    args = (*TINY, "--gradient_accumulation_steps=2", *RUNS[request.param].split())
+    printed = succeed(folder, "train.py", *args, "--out_dir=one")
+    return folder, args, printed
+
+
+def test_resume_repeats_the_undisturbed_run(twice_accumulated):
+    folder, args, _ = twice_accumulated
+    succeed(folder, "train.py", *args, "--out_dir=half", "--max_iters=10")
+    printed = succeed(folder, "train.py", *args, "--out_dir=half", "--init_from=resume")
     assert re.search(r"^iter 10: ", printed, re.M) and not re.search(r"^iter 9: ", printed, re.M)
-    assert same_run(workplace / "half", trained[0] / "whole")
-    rows = [row for row in losses(workplace / "half") if row[:2] != [10, None]]
-    assert rows == losses(trained[0] / "whole")
+    assert same_run(folder / "half", folder / "one")
+    half, one = figures(folder / "half"), figures(folder / "one")
+    assert half.keys() == one.keys() == {0, 10, 20} and half[20] == one[20] and half[0] == one[0]
 
 
 def start_and_signal(folder, number, *args, after="iter 12:"):
@@ -597,17 +629,17 @@ def test_kill_9_loses_nothing_that_was_saved(workplace):
     assert same_run(workplace / "killed", workplace / "undisturbed")
 
 
-def test_two_processes_repeat_one_with_twice_the_accumulation(workplace):
-    one = ("--gradient_accumulation_steps=2", "--out_dir=one")
-    printed = succeed(workplace, "train.py", *TINY, *one)
+def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated):
+    folder, args, printed = twice_accumulated
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    args = [*args, "--gradient_accumulation_steps=1", "--out_dir=two"]
     done = subprocess.run(
-        [*torchrun, str(HERE / "train.py"), *TINY, "--out_dir=two"],
-        cwd=workplace, env=OFFLINE, capture_output=True, text=True, timeout=120,
+        [*torchrun, str(HERE / "train.py"), *args],
+        cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "gradient_accumulation_steps=2, to share among 2" in done.stdout
-    for mine, theirs in zip(losses(workplace / "two"), losses(workplace / "one"), strict=True):
+    for mine, theirs in zip(losses(folder / "two"), losses(folder / "one"), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
 
     def printed_losses(text):
@@ -615,6 +647,32 @@ def test_two_processes_repeat_one_with_twice_the_accumulation(workplace):
 
     assert printed_losses(done.stdout) == pytest.approx(printed_losses(printed), abs=1.1e-4)
     assert len(printed_losses(printed)) == 20
+
+
+def test_a_run_logs_what_its_experts_do(twice_accumulated):
+    folder, args, printed = twice_accumulated
+    shown = re.findall(r"^iter .* left, experts on (\d+\.\d)%$", printed, re.M)
+    if "n_expert" not in " ".join(args):
+        assert not shown and "entropy" not in evaluations(folder / "one")[1]
+        return
+    assert len(shown) == 20 and all(0 <= float(share) <= 100 for share in shown)
+    stacks = 1 if "decoder_only" in " ".join(args) else 2
+    rows = evaluations(folder / "one")
+    for row in rows[:3]:
+        for name in ("entropy", "l1", "experts_on", "near_one", "near_zero"):
+            assert np.shape(row[name]) == (1, stacks) and np.min(row[name]) >= 0
+        assert ("changed" in row) == (row["iter"] > 0)
+    assert re.search(r"^whole validation split: loss \S+, experts on \d+\.\d%,", printed, re.M)
+    # Once more, from the checkpoint, on the batch that train.py has for it.
+    checkpoint = torch.load(folder / "one/ckpt.pt", weights_only=True)
+    model = ParallelEncoderDecoder(ModelConfig(**checkpoint["model_args"])).eval()
+    model.load_state_dict(checkpoint["model"])
+    val = np.fromfile(folder / "data/shakespeare_char/val.bin", np.uint16).astype(np.int64)
+    starts = np.random.default_rng([1337, 3, 0]).integers(len(val) - 16, size=(4, 1))
+    r = model.expert_masks(torch.from_numpy(val[starts + np.arange(16)]))
+    expected = (r >= 0.5).float().mean(dim=(2, 3, 4))
+    assert np.allclose(rows[2]["experts_on"], expected, atol=1e-6)
+    assert torch.equal(checkpoint["decisions"], r >= 0.5)
 
 
 def test_eval_only_writes_nothing(trained):

@@ -18,6 +18,8 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -28,7 +30,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from config import fail, override, pick_device
-from model import ModelConfig, ParallelEncoderDecoder, load_checkpoint
+from model import (
+    Mask,
+    ModelConfig,
+    ParallelEncoderDecoder,
+    load_checkpoint,
+    mask_statistics,
+    penalty_growth,
+)
 from prepare_shakespeare import SHAKESPEARE, Tokenizer, prepare
 
 # -----------------------------------------------------------------------------
@@ -62,6 +71,21 @@ n_cross_head = 0  # 0: n_head
 encoder_loss = "none"  # or mse, cosine, log_cosine
 encoder_loss_weight = 1.0
 next_position = "none"  # or add, subtract
+# learned dropout: the experts of the feed-forward blocks, more fields of ModelConfig
+n_expert = 0  # experts in each block; 0: no learned dropout
+expert_site = "hidden"  # or output
+router_input = "hidden"  # or embedding
+router_n_head = 1
+router_head_dim = 16
+router_detach = False
+shift_init = 0.0  # 0: all experts on at the start; pi: all off
+rounding = "stochastic"  # or sigmoid, none
+rounding_scale = 60.0  # of rounding="sigmoid"
+l1_norm = "linear"  # or squared
+entropy_weight = 0.0  # pushes the masks to 0 or 1
+l1_weight = 0.0  # pushes the experts off
+penalty_schedule = "constant"  # or linear, exponential
+penalty_iters = 1000  # iterations until both weights have their full value
 # AdamW
 learning_rate = 1e-3  # the largest; smaller models bear larger ones
 max_iters = 5000
@@ -154,12 +178,13 @@ except (ValueError, OSError, KeyError, TypeError) as error:
 
 # The model and its optimizer.
 start_iter, best_val_loss, saved_is_best = 0, math.inf, False
+decisions = None  # which experts were on at the last evaluation
 try:
     torch.manual_seed(seed)
     if init_from == "resume":
         raw_model, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), device)
         start_iter, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
-        saved_is_best = checkpoint["is_best"]
+        saved_is_best, decisions = checkpoint["is_best"], checkpoint["decisions"]
         if checkpoint["tokenizer"] != meta["tokenizer"]:
             raise ValueError(f"{data_dir}: not the vocabulary that {out_dir} was trained with")
         for name, value in asdict(raw_model.config).items():
@@ -193,6 +218,9 @@ try:
         group.update(weight_decay=decay, betas=(beta1, beta2))  # also where a checkpoint has others
 except (ValueError, KeyError, RuntimeError) as error:  # the last: a seed too large, no memory
     fail(str(error).partition("\n")[0])
+has_experts = raw_model.config.n_expert > 0
+if has_experts:
+    full_penalty_weights = raw_model.penalty_weights.clone()
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model)
@@ -220,35 +248,48 @@ def to_device(window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def estimate_loss() -> dict[str, float]:
-    """Cross-entropy of both splits over eval_iters batches, the same ones at every evaluation."""
+def evaluate(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    """The model's metrics in evaluation, their mean over all tokens of the batches."""
     raw_model.eval()
-    losses = {}
-    for part, split in enumerate(data, start=1):
-        batches = (get_batch(split, part, k) for k in range(eval_iters))
-        losses[split] = torch.stack([cross_entropy(x, y) for x, y in batches]).mean().item()
+    sums, tokens = Counter(), 0
+    for x, y in batches:
+        with autocast:
+            metrics = raw_model(x, y).metrics
+        tokens += y.numel()
+        sums.update({name: value * y.numel() for name, value in metrics.items()})
     raw_model.train()
-    return losses
+    return {name: value.item() / tokens for name, value in sums.items()}
 
 
-@torch.inference_mode()
-def whole_val_loss() -> float:
-    """Cross-entropy over all of val.bin, read in consecutive windows of block_size."""
-    raw_model.eval()
+def estimate_loss(split: str) -> float:
+    """Cross-entropy over eval_iters batches of a split, the same ones at every evaluation."""
+    part = {"train": 1, "val": 2}[split]
+    return evaluate(get_batch(split, part, k) for k in range(eval_iters))["cross_entropy"]
+
+
+def whole_val() -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """All of val.bin in consecutive windows of block_size, the last one shorter."""
     tokens = torch.from_numpy(data["val"].astype(np.int64))
     windows = tokens.unfold(0, block_size + 1, block_size)  # each starts at its forerunner's end
-    batches = list(windows.split(max(batch_size, 4096 // block_size)))
     rest = tokens[len(windows) * block_size :]
-    if len(rest) > 1:
-        batches.append(rest[None])
-    total = sum(cross_entropy(x, y).item() * x.numel() for x, y in map(to_device, batches))
-    raw_model.train()
-    return total / (len(tokens) - 1)
+    batches = windows.split(max(batch_size, 4096 // block_size))
+    return map(to_device, (*batches, rest[None]) if len(rest) > 1 else batches)
 
 
-def cross_entropy(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def expert_statistics() -> dict[str, list]:
+    """Statistics of the masks per layer and stack, on one batch of val, the same one every time.
+
+    `changed` is the share of decisions that differ from those of the last call.
+    """
+    global decisions
+    x, _ = get_batch("val", 3, 0)
     with autocast:
-        return raw_model(x, y).metrics["cross_entropy"]
+        mask = Mask(*(raw_model.expert_masks(x, rounded) for rounded in (False, True)))
+    stats = mask_statistics(mask, raw_model.config.l1_norm)
+    before, decisions = decisions, mask.r >= 0.5
+    if before is not None:
+        stats["changed"] = (decisions != before).float().mean(dim=(-3, -2, -1))
+    return {name: value.tolist() for name, value in stats.items()}
 
 
 def get_lr(it: int) -> float:
@@ -274,6 +315,7 @@ def save_checkpoint(is_best: bool) -> None:
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
         "is_best": is_best,
+        "decisions": decisions,
         "tokenizer": meta["tokenizer"],
         "config": settings,
     }
@@ -351,7 +393,7 @@ while True:
     due = iter_num % eval_interval == 0 or iter_num == max_iters
     if master and (eval_only or (due and (iter_num == 0 or iter_num != start_iter))):
         began = time.perf_counter()
-        losses = estimate_loss()
+        losses = {split: estimate_loss(split) for split in data}
         print(
             f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}",
             flush=True,
@@ -366,6 +408,7 @@ while True:
                 val_loss=losses["val"],
                 lr=get_lr(iter_num),
                 seconds=seconds,
+                **(expert_statistics() if has_experts else {}),
             )
             improved = iter_num > 0 and losses["val"] < best_val_loss
             if improved:
@@ -393,7 +436,10 @@ while True:
     # One iteration: accumulate the gradient over the micro-steps, then step.
     for group in optimizer.param_groups:
         group["lr"] = get_lr(iter_num)
-    loss_sum = torch.zeros((), device=device)
+    if has_experts:
+        growth = penalty_growth(penalty_schedule, iter_num, penalty_iters)
+        raw_model.penalty_weights.copy_(full_penalty_weights).mul_(growth)
+    logged = torch.zeros(2, device=device)  # the loss, and the share of experts on
     for micro_step in range(micro_steps):
         x, y = get_batch("train", 0, iter_num, micro_step * world_size + rank)
         if ddp:  # the gradients are averaged over the processes once, in the last micro-step
@@ -401,7 +447,9 @@ while True:
         with autocast:
             output = model(x, y)
         (output.loss / micro_steps).backward()
-        loss_sum += output.metrics["cross_entropy"] / micro_steps
+        logged[0] += output.metrics["cross_entropy"] / micro_steps
+        if has_experts:
+            logged[1] += output.metrics["experts_on"] / micro_steps
     if grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(params, grad_clip)
     optimizer.step()
@@ -409,8 +457,8 @@ while True:
 
     if iter_num % log_interval == 0:
         if ddp:
-            dist.all_reduce(loss_sum)
-        loss = loss_sum.item() / world_size  # .item() waits for the device
+            dist.all_reduce(logged)
+        loss, experts_on = (logged / world_size).tolist()  # waits for the device
         now = time.perf_counter()
         dt, last, last_iter = (now - last) / (iter_num + 1 - last_iter), now, iter_num + 1
         left = (now - start) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
@@ -420,7 +468,8 @@ while True:
                 f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, "
                 f"{tokens_per_second:,.0f} tok/s, "
                 f"mfu {raw_model.estimate_mfu(batch_size * micro_steps, dt):.0%}, "
-                f"{left // 60:.0f}:{left % 60:02.0f} left",
+                f"{left // 60:.0f}:{left % 60:02.0f} left"
+                + (f", experts on {experts_on:.1%}" if has_experts else ""),
                 flush=True,
             )
     iter_num += 1
@@ -428,10 +477,14 @@ while True:
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if master:
     took = time.perf_counter() - start
-    val_loss = whole_val_loss()
-    print(f"whole validation split: loss {val_loss:.4f}, after {iter_num} iterations, {took:.1f} s")
+    val = evaluate(whole_val())
+    experts = f", experts on {val['experts_on']:.1%}" if "experts_on" in val else ""
+    print(
+        f"whole validation split: loss {val['cross_entropy']:.4f}{experts}, after {iter_num} "
+        f"iterations, {took:.1f} s"
+    )
     if not eval_only:
-        log_evaluation(iter=iter_num, whole_val_loss=val_loss, seconds=took)
+        log_evaluation(iter=iter_num, whole_val_loss=val.pop("cross_entropy"), **val, seconds=took)
         has_newline = tokenizer.kind == "gpt2" or "\n" in tokenizer.chars
         prompt = "\n" if has_newline else tokenizer.chars[0]
         idx = torch.tensor([tokenizer.encode(prompt)], device=device)
