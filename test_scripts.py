@@ -256,7 +256,21 @@ def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
         settings = config.override(section, [str(path), f"--device={device}"])
         fields = {name: settings[name] for name in vars(ModelConfig()) if name in settings}
         sizes[path.stem] = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65)).num_params()
-    assert sizes["decoder_only"] == pytest.approx(sizes["shakespeare_char"], rel=0.015)
+    assert sizes["decoder_only"] == pytest.approx(sizes["shakespeare_char_dense"], rel=0.015)
+    assert sizes["shakespeare_char_dense"] < sizes["shakespeare_char"]
+    assert sizes["shakespeare_char"] < 1.1 * sizes["shakespeare_char_dense"]
+
+
+def test_the_dense_preset_is_the_main_job_without_experts():
+    main, dense = (
+        {name: value for name, value, _ in config.read_config_file(str(HERE / "config" / name))}
+        for name in ("shakespeare_char.py", "shakespeare_char_dense.py")
+    )
+    for device in ("on_cuda", "on_cpu"):
+        del main[device]["penalty_iters"]
+    ours = {"n_expert", "l1_norm", "l1_weight", "penalty_schedule"}
+    assert main.keys() - dense.keys() == ours and dense.keys() <= main.keys()
+    assert {n for n in dense if main[n] != dense[n]} == {"out_dir", "wandb_run_name"}
 
 
 # ---- prepare_shakespeare.py -------------------------------------------------

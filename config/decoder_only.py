@@ -1,4 +1,4 @@
-# The baseline: a plain GPT with as many parameters as config/shakespeare_char.py, on the same data.
+# The baseline: a plain GPT with as many parameters as config/shakespeare_char_dense.py.
 # Seven of its layers have the matrices of three parallel ones.
 
 out_dir = "out-decoder-only"
@@ -33,6 +33,6 @@ on_cpu = {
     "learning_rate": 3e-3,
     "min_lr": 3e-4,
     "beta2": 0.99,
-    "max_iters": 2500,
-    "lr_decay_iters": 2500,
+    "max_iters": 2000,
+    "lr_decay_iters": 2000,
 }
