@@ -72,7 +72,7 @@ class ModelConfig:
     router_head_dim: int = 16  # size of a head's queries and keys; its values have G / heads
     router_detach: bool = False  # no gradient from the router to its input
     shift_init: float = 0.0  # 0: all experts on at the start; pi: all off
-    rounding: str = "stochastic"  # in training; "none" leaves the mask soft in evaluation too
+    rounding: str = "stochastic"  # of the mask in training; "sigmoid", "none"
     rounding_scale: float = 60.0  # of rounding="sigmoid"
     l1_norm: str = "linear"  # mean of m; "squared": of m^2 / 2
     entropy_weight: float = 0.0  # lambda_H
@@ -208,12 +208,12 @@ def apply_mask(x: Tensor, r: Tensor) -> Tensor:
 
 
 def round_mask(m: Tensor, rounding: str, scale: float, training: bool) -> Tensor:
-    """The mask as used. In training Bernoulli(m) for `stochastic`, with the gradient dr/dm = 1, or
-    sigmoid(scale (m - 0.5)); in evaluation [m >= 0.5]. `none` leaves m as it is in both."""
-    if rounding == "none":
-        return m
+    """The mask as used: in evaluation [m >= 0.5]. In training Bernoulli(m) for `stochastic`, with
+    the gradient dr/dm = 1; sigmoid(scale (m - 0.5)) for `sigmoid`; m itself for `none`."""
     if not training:
         return (m >= 0.5).to(m.dtype)
+    if rounding == "none":
+        return m
     if rounding == "sigmoid":
         return torch.sigmoid(scale * (m - 0.5))
     drawn = (torch.rand_like(m) < m).to(m.dtype)  # Bernoulli(m)
@@ -327,10 +327,10 @@ class ParallelEncoderDecoder(nn.Module):
         else:
             self.decoder = nn.ModuleList(EncoderLayer(config) for _ in layers)
         self.ln_out = nn.LayerNorm(C, bias=config.bias)
+        self.router = None
+        if config.n_expert > 0 and config.router_input == "embedding":
+            self.router = Router(config, config.n_layer * (2 if config.arch == "parallel" else 1))
         if config.n_expert > 0:
-            stacks = 2 if config.arch == "parallel" else 1
-            shared = config.router_input == "embedding"
-            self.router = Router(config, config.n_layer * stacks) if shared else None
             # The weights (lambda_H, lambda_1) of the penalties; a schedule may write to them.
             weights = torch.tensor([config.entropy_weight, config.l1_weight])
             self.register_buffer("penalty_weights", weights, persistent=False)
@@ -385,7 +385,8 @@ class ParallelEncoderDecoder(nn.Module):
         if self.config.n_expert > 0:
             stats = mask_statistics(masks, self.config.l1_norm)
             stats = {name: per_block.mean() for name, per_block in stats.items()}
-            loss = loss + self.penalty_weights @ torch.stack([stats["entropy"], stats["l1"]])
+            penalties = torch.stack([stats["entropy"], stats["l1"]])
+            loss = loss + (self.penalty_weights * penalties).sum()
             metrics |= {name: value.detach() for name, value in stats.items()}
         if e is not None and self.config.encoder_loss != "none":
             memory = self.decoder[-1].ln_memory(e)
@@ -406,7 +407,7 @@ class ParallelEncoderDecoder(nn.Module):
             d = d + self.pos_emb.weight[1 : T + 1]
         masks = []  # of each block, layer by layer
         given = repeat(None)
-        if self.config.n_expert > 0 and self.router is not None:
+        if self.router is not None:
             given = iter(self.router(emb).split(self.config.n_expert, dim=-1))
         if parallel:
             for encoder_layer, decoder_layer in zip(self.encoder, self.decoder, strict=True):
@@ -434,8 +435,10 @@ class ParallelEncoderDecoder(nn.Module):
         self._check(idx, None)
         training = self.training
         self.eval()
-        mask = self.stacks(idx)[-1]
-        self.train(training)
+        try:
+            mask = self.stacks(idx)[-1]
+        finally:
+            self.train(training)
         return mask.r if rounded else mask.m
 
     def _check(self, idx: Tensor, targets: Tensor | None) -> None:

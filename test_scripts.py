@@ -563,11 +563,16 @@ def twice_accumulated(request, tmp_path_factory, prepared):
 def test_resume_repeats_the_undisturbed_run(twice_accumulated):
     folder, args, _ = twice_accumulated
     succeed(folder, "train.py", *args, "--out_dir=half", "--max_iters=10")
+    before = torch.load(folder / "half/ckpt.pt", weights_only=True)["decisions"]
     printed = succeed(folder, "train.py", *args, "--out_dir=half", "--init_from=resume")
     assert re.search(r"^iter 10: ", printed, re.M) and not re.search(r"^iter 9: ", printed, re.M)
     assert same_run(folder / "half", folder / "one")
     half, one = figures(folder / "half"), figures(folder / "one")
     assert half.keys() == one.keys() == {0, 10, 20} and half[20] == one[20] and half[0] == one[0]
+    if before is not None:
+        after = torch.load(folder / "half/ckpt.pt", weights_only=True)["decisions"]
+        changed = (after != before).float().mean(dim=(2, 3, 4))
+        assert np.allclose(half[20]["changed"], changed, atol=1e-6)
 
 
 def start_and_signal(folder, number, *args, after="iter 12:"):
@@ -682,11 +687,30 @@ def test_a_run_logs_what_its_experts_do(twice_accumulated):
     model = ParallelEncoderDecoder(ModelConfig(**checkpoint["model_args"])).eval()
     model.load_state_dict(checkpoint["model"])
     val = np.fromfile(folder / "data/shakespeare_char/val.bin", np.uint16).astype(np.int64)
-    starts = np.random.default_rng([1337, 3, 0]).integers(len(val) - 16, size=(4, 1))
+    starts = np.random.default_rng(0).integers(len(val) - 16, size=(16, 1))
     r = model.expert_masks(torch.from_numpy(val[starts + np.arange(16)]))
     expected = (r >= 0.5).float().mean(dim=(2, 3, 4))
     assert np.allclose(rows[2]["experts_on"], expected, atol=1e-6)
     assert torch.equal(checkpoint["decisions"], r >= 0.5)
+
+
+def test_an_earlier_run_is_kept(workplace, trained):
+    shutil.copytree(trained[0] / "whole", workplace / "out")
+    printed, status = start_and_signal(workplace, signal.SIGINT, *LONG, after="iter 0:")
+    assert status == 130 and "out/ckpt.pt, of an earlier run, is now ckpt.pt.old" in printed
+    assert (
+        same_run(workplace / "out", workplace / "out") and len(evaluations(workplace / "out")) == 1
+    )
+    for name in ("ckpt.pt", "log.jsonl"):
+        kept = (workplace / "out" / f"{name}.old").read_bytes()
+        assert kept == (trained[0] / "whole" / name).read_bytes()
+
+
+def test_a_resumed_run_may_have_another_batch_size(workplace):
+    experts = ("--n_expert=8", "--out_dir=out", "--max_iters=10")
+    succeed(workplace, "train.py", *TINY, *experts)
+    more = ("--init_from=resume", "--batch_size=6", "--seed=5", "--max_iters=20")
+    assert "step 20: " in succeed(workplace, "train.py", *TINY, *experts, *more)
 
 
 def test_eval_only_writes_nothing(trained):

@@ -216,14 +216,16 @@ try:
         optimizer.load_state_dict(checkpoint.pop("optimizer"))
     for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
         group.update(weight_decay=decay, betas=(beta1, beta2))  # also where a checkpoint has others
-except (ValueError, KeyError, RuntimeError) as error:  # the last: a seed too large, no memory
+except KeyError as error:
+    fail(f"{out_dir}/ckpt.pt: has no entry {error}; it was not written by this train.py")
+except (ValueError, RuntimeError) as error:  # the latter: a seed too large, no memory
     fail(str(error).partition("\n")[0])
 has_experts = raw_model.config.n_expert > 0
 if has_experts:
     full_penalty_weights = raw_model.penalty_weights.clone()
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
-    model = DistributedDataParallel(model)
+    model = DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def get_batch(split: str, *key: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,16 +279,17 @@ def whole_val() -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def expert_statistics() -> dict[str, list]:
-    """Statistics of the masks per layer and stack, on one batch of val, the same one every time.
+    """Statistics of the masks per layer and stack, on 16 windows of val, the same in every run.
 
     `changed` is the share of decisions that differ from those of the last call.
     """
     global decisions
-    x, _ = get_batch("val", 3, 0)
+    starts = np.random.default_rng(0).integers(len(data["val"]) - block_size, size=(16, 1))
+    idx = torch.from_numpy(data["val"][starts + np.arange(block_size)].astype(np.int64))
     with autocast:
-        mask = Mask(*(raw_model.expert_masks(x, rounded) for rounded in (False, True)))
-    stats = mask_statistics(mask, raw_model.config.l1_norm)
-    before, decisions = decisions, mask.r >= 0.5
+        m = raw_model.expert_masks(idx.to(device), rounded=False)
+    stats = mask_statistics(Mask(m, m), l1_norm)
+    before, decisions = decisions, m >= 0.5
     if before is not None:
         stats["changed"] = (decisions != before).float().mean(dim=(-3, -2, -1))
     return {name: value.tolist() for name, value in stats.items()}
@@ -342,7 +345,7 @@ def log_evaluation(**row: float) -> None:
     with open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     if wandb_log:
-        wandb.log(row)
+        wandb.log({name: float(np.mean(value)) for name, value in row.items()})
 
 
 stop_signal = 0
@@ -376,15 +379,20 @@ if wandb_log and master:
 if master:
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
+        for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):
+            if init_from == "scratch" and not eval_only and Path(out_dir, name).exists():
+                os.replace(Path(out_dir, name), Path(out_dir, f"{name}.old"))
+                print(f"{out_dir}/{name}, of an earlier run, is now {name}.old")
     except OSError as error:
-        fail(f"out_dir={out_dir!r}: cannot be made: {error.strerror}")
+        fail(f"out_dir={out_dir!r}: cannot be used: {error.strerror}")
     print(
         f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}, "
         f"{micro_steps * world_size * batch_size * block_size:,} tokens per iteration"
     )
 signal.signal(signal.SIGINT, on_signal)
 
-iter_num = saved_iter = start_iter
+iter_num = start_iter
+saved_iter = start_iter if init_from == "resume" else -1
 raw_model.estimate_mfu(1, 1)  # measures the machine's peak, before the clock starts
 start = last = time.perf_counter()
 last_iter = iter_num
