@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -482,27 +482,17 @@ class ParallelEncoderDecoder(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continues idx (B, T) by sampling: (B, T + max_new_tokens). Raises as `stream` does."""
-        new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator))
-        return torch.cat([idx, *new], dim=1)
+        """Continues idx (B, T) by sampling: (B, T + max_new_tokens).
+
+        The window that the model reads moves by half a block when it is full. Arguments and
+        ValueErrors as `sample_token` has them.
+        """
+        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, **how)], dim=1)
 
     @torch.inference_mode()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """Yields the next token of every row, (B, 1), max_new_tokens times.
-
-        Temperature 0 is greedy; `top_k` keeps the k likeliest tokens, `top_p` the fewest tokens
-        that hold the probability p. When the context is full, the window that the model reads
-        moves by half a block, here as with a cache, so that both give the same text. Raises
-        ValueError for an argument out of range.
-        """
+    def stream(self, idx: Tensor, max_new_tokens: int, **how: Any) -> Iterator[Tensor]:
+        """What `generate` adds to idx, token by token as it comes: (B, 1), max_new_tokens times."""
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must not be negative")
         if idx.dim() != 2 or idx.size(1) == 0:
@@ -512,7 +502,7 @@ class ParallelEncoderDecoder(nn.Module):
         try:
             for _ in range(max_new_tokens):
                 logits = self(idx[:, window_start(idx.size(1), self.config.block_size) :]).logits
-                token = sample_token(logits[:, -1], temperature, top_k, top_p, generator)
+                token = sample_token(logits[:, -1], **how)
                 idx = torch.cat([idx, token], dim=1)
                 yield token
         finally:
@@ -575,7 +565,11 @@ def sample_token(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws one token (B, 1) from logits (B, V); arguments and errors as `stream` has them."""
+    """Draws one token (B, 1) from logits (B, V).
+
+    Temperature 0 is greedy; `top_k` keeps the k likeliest tokens, `top_p` the fewest tokens that
+    hold the probability p. Raises ValueError for an argument out of range.
+    """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: must be finite and not negative")
     if top_k is not None and top_k < 1:

@@ -51,7 +51,8 @@ try:
         raise ValueError("start: is empty; give at least one character")
     prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
     generator = torch.Generator(device).manual_seed(seed)
-    new_tokens = model.stream(prompt, max_new_tokens, temperature, top_k or None, top_p, generator)
+    how = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, generator=generator)
+    new_tokens = model.stream(prompt, max_new_tokens, **how)
     if num_samples == 1:
         # A BPE token can end inside a character, hence the incremental decoder.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
