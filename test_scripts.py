@@ -779,11 +779,21 @@ def test_sample_needs_the_checkpoint_alone(trained, tmp_path):
 def test_a_single_sample_streams(trained):
     command = [sys.executable, str(HERE / "sample.py"), "--out_dir=whole", "--num_samples=1"]
     command += ["--max_new_tokens=1000000", "--device=cpu", "--start=model"]
-    process = subprocess.Popen(command, cwd=trained[0], env=OFFLINE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=trained[0],
+        env=OFFLINE,
+        stdout=subprocess.PIPE,
+        # Where the tests run in the background, an ignored SIGINT would be inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
     first = process.stdout.read(25)
     assert first.startswith(b"model") and process.poll() is None
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
+    watchdog.cancel()
     assert process.wait(timeout=30) == 130 and len(rest) < 500_000
 
 
