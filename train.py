@@ -225,7 +225,7 @@ if has_experts:
     full_penalty_weights = raw_model.penalty_weights.clone()
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
-    model = DistributedDataParallel(model, broadcast_buffers=False)
+    model = DistributedDataParallel(model, forward_sync_buffers=False)
 
 
 def get_batch(split: str, *key: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -367,6 +367,16 @@ def stop_requested() -> bool:
     return flag.item() != 0
 
 
+def leave_processes(status: int) -> None:
+    """Ends this process when all of them are here: the master still evaluates, or saves."""
+    if wandb_log and master:
+        wandb.finish()
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(status)  # at a usual exit gloo's threads abort the process now and then
+
+
 if wandb_log and master:
     try:
         import wandb
@@ -437,8 +447,7 @@ while True:
                 f"  {start_with} {shlex.join(again)} --init_from=resume"
             )
         if ddp:
-            dist.barrier()
-            dist.destroy_process_group()
+            leave_processes(130)
         sys.exit(130)
 
     # One iteration: accumulate the gradient over the micro-steps, then step.
@@ -504,5 +513,4 @@ if master:
             command += [] if has_newline else [f"--start={prompt}"]
             print(f"More of it: {shlex.join(command)}")
 if ddp:
-    dist.barrier()  # nobody leaves while the master still evaluates
-    dist.destroy_process_group()
+    leave_processes(0)
