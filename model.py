@@ -510,7 +510,7 @@ class ParallelEncoderDecoder(nn.Module):
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEncoderDecoder, dict]:
-    """The model that train.py saved at `path`, on `device`, and the checkpoint's other entries.
+    """The model that train.py saved at `path`, in training mode, and its other entries.
 
     Loads tensors and plain values only, never code. Raises ValueError, with a line for the user,
     for a file that is missing or is not such a checkpoint.
