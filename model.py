@@ -17,7 +17,8 @@ the plain GPT made of the same blocks, the baseline. In shapes, B is the batch, 
 """
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import repeat
@@ -134,6 +135,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, dropout: float = 0.0) -
     return y.transpose(1, 2).flatten(2)
 
 
+class Projections(nn.Linear):
+    """Several projections as one matrix product: x (..., C) to a tensor (..., n) for each n."""
+
+    def __init__(self, n_embd: int, sizes: Sequence[int], bias: bool):
+        super().__init__(n_embd, sum(sizes), bias=bias)
+        self.sizes = tuple(sizes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x).split(self.sizes, dim=-1)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention: x (B, T, C) attends to `memory` (B, T, C), or to itself."""
 
@@ -142,12 +154,12 @@ class Attention(nn.Module):
         C = config.n_embd
         self.n_head = n_head
         self.query = nn.Linear(C, C, bias=config.bias)
-        self.key_value = nn.Linear(C, 2 * C, bias=config.bias)
+        self.key_value = Projections(C, (C, C), config.bias)
         self.proj = nn.Linear(C, C, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        k, v = self.key_value(x if memory is None else memory).chunk(2, dim=-1)
+        k, v = self.key_value(x if memory is None else memory)
         dropout = self.dropout.p if self.training else 0.0
         return self.dropout(self.proj(attend(self.query(x), k, v, self.n_head, dropout)))
 
@@ -162,13 +174,12 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         keys, values = config.router_n_head * config.router_head_dim, n_block * config.n_expert
-        self.sizes = [keys, keys, values]
-        self.query_key_value = nn.Linear(config.n_embd, sum(self.sizes), bias=config.bias)
+        self.query_key_value = Projections(config.n_embd, (keys, keys, values), config.bias)
         self.shift = nn.Parameter(torch.empty(values))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.detach() if self.config.router_detach else x
-        q, k, v = self.query_key_value(x).split(self.sizes, dim=-1)
+        q, k, v = self.query_key_value(x)
         A = attend(q, k, v, self.config.router_n_head)
         return 0.5 * torch.cos(A + self.shift) + 0.5
 
@@ -447,8 +458,8 @@ class ParallelEncoderDecoder(nn.Module):
             raise ValueError(f"idx has the shape {tuple(idx.shape)}: must be {allowed}")
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets has the shape {tuple(targets.shape)}: must be as idx")
-        if torch.compiler.is_compiling():  # a look at the values would break the graph
-            return
+        if torch.compiler.is_compiling() or idx.is_cuda:
+            return  # a look at the values would break the graph, or wait for the device
         V = self.config.vocab_size
         for name, ids, least in (("idx", idx, 0), ("targets", targets, -1)):
             if ids is not None and ids.numel():
@@ -456,6 +467,14 @@ class ParallelEncoderDecoder(nn.Module):
                 if not least <= low <= high < V:
                     span = f"{low} to {high}"
                     raise ValueError(f"{name} has ids from {span}: must be {least} to {V - 1}")
+
+    def matrices(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
+        """The weights of all layers, by the rows of the matrices that each of them stacks."""
+        found = defaultdict(list)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                found[getattr(module, "sizes", (module.out_features,))].append(module.weight)
+        return found
 
     def num_params(self) -> int:
         """The number of parameters; the position embedding is not counted, as in nanoGPT."""

@@ -257,6 +257,7 @@ def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
         fields = {name: settings[name] for name in vars(ModelConfig()) if name in settings}
         sizes[path.stem] = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65)).num_params()
     assert sizes["decoder_only"] == pytest.approx(sizes["shakespeare_char_dense"], rel=0.015)
+    assert sizes["canonical"] == pytest.approx(sizes["shakespeare_char_dense"], rel=0.02)
     assert sizes["shakespeare_char_dense"] < sizes["shakespeare_char"]
     assert sizes["shakespeare_char"] < 1.1 * sizes["shakespeare_char_dense"]
 
@@ -544,7 +545,8 @@ RUNS = {
     "sigmoid": "--n_expert=16 --expert_site=output --router_input=embedding --router_n_head=2 "
     "--router_head_dim=4 --router_detach=True --rounding=sigmoid --rounding_scale=20.0 "
     "--shift_init=1.5 --l1_weight=0.1 --penalty_schedule=exponential --penalty_iters=15",
-    "none": "--arch=decoder_only --n_expert=4 --rounding=none --entropy_weight=0.1",
+    "none": "--arch=decoder_only --n_expert=4 --rounding=none --entropy_weight=0.1 "
+    "--optimizer=adamw",
 }
 
 
@@ -690,6 +692,24 @@ def test_a_run_logs_what_its_experts_do(twice_accumulated):
     assert torch.equal(checkpoint["decisions"], r >= 0.5)
 
 
+def test_max_seconds_bounds_a_run_and_stretches_its_schedule(workplace):
+    args = (*TINY, "--max_seconds=3", "--eval_interval=1000000", "--log_interval=100")
+    printed = succeed(workplace, "train.py", *args)
+    last = evaluations(workplace / "out")[-1]
+    assert last["iter"] > 20 and 3 <= last["seconds"] < 30
+    assert evaluations(workplace / "out")[-2]["lr"] == pytest.approx(1e-4)  # min_lr
+    assert "0:0" in re.search(r"^iter 100: .* (\S+) left$", printed, re.M)[1]
+    again = succeed(workplace, "train.py", *args, "--init_from=resume")
+    assert "iter " not in again.replace("iterations", "")  # its time is spent
+    more = (*args, "--init_from=resume", "--max_seconds=5")
+    assert evaluations_after(workplace, more)[-1]["seconds"] >= 5
+
+
+def evaluations_after(folder, args):
+    succeed(folder, "train.py", *args)
+    return evaluations(folder / "out")
+
+
 def test_an_earlier_run_is_kept(workplace, trained):
     shutil.copytree(trained[0] / "whole", workplace / "out")
     printed, status = start_and_signal(workplace, signal.SIGINT, *LONG, after="iter 0:")
@@ -718,6 +738,13 @@ def test_eval_only_writes_nothing(trained):
     assert {path: path.read_bytes() for path in (folder / "whole").iterdir()} == before
 
 
+def test_resume_needs_the_same_optimizer(trained):
+    args = ("--out_dir=whole", "--init_from=resume", "--optimizer=adamw")
+    fails_with(
+        "optimizer='adamw': whole was trained with 'muon'", trained[0], "train.py", *TINY, *args
+    )
+
+
 def test_resume_takes_the_model_from_the_checkpoint(trained):
     args = ("--out_dir=whole", "--init_from=resume", "--eval_only=True", "--n_embd=32")
     assert "n_embd=16, as in the checkpoint (not 32)" in succeed(
@@ -739,6 +766,10 @@ def test_resume_takes_the_model_from_the_checkpoint(trained):
         (("--init_from=resume", "--out_dir=absent"), "absent/ckpt.pt: there is no checkpoint"),
         (("--init_from=gpt2",), "init_from='gpt2': must be one of scratch, resume"),
         (("--device=tpu",), "device='tpu': "),
+        (("--optimizer=sgd",), "optimizer='sgd': must be one of muon, adamw"),
+        (("--muon_momentum=1.0",), "momentum=1.0: must be in [0, 1)"),
+        (("--lr_schedule=step",), "lr_schedule='step': must be one of cosine, linear"),
+        (("--max_seconds=-1",), "max_seconds=-1.0: must be at least 0"),
         (("--batch_size=0",), "batch_size=0: must be at least 1"),
         (("--block_size=9999",), "fewer than block_size"),
         (("--wandb_log=True",), "wandb_log=True needs wandb: pip install wandb"),

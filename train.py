@@ -10,6 +10,7 @@ resumed run repeats the undisturbed one (on a CPU bit for bit), and two processe
 does with the same accumulation. A reported loss is the cross-entropy in nats per token.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from model import (
     mask_statistics,
     penalty_growth,
 )
+from muon import Muon
 from prepare_shakespeare import SHAKESPEARE, Tokenizer, prepare
 
 # -----------------------------------------------------------------------------
@@ -86,15 +88,21 @@ entropy_weight = 0.0  # pushes the masks to 0 or 1
 l1_weight = 0.0  # pushes the experts off
 penalty_schedule = "constant"  # or linear, exponential
 penalty_iters = 1000  # iterations until both weights have their full value
-# AdamW
-learning_rate = 1e-3  # the largest; smaller models bear larger ones
+# the optimizer
+optimizer = "muon"  # for the matrices of the layers, AdamW for the rest; or adamw for all
+learning_rate = 1e-3  # of AdamW, the largest; smaller models bear larger ones
 max_iters = 5000
+max_seconds = 0.0  # over 0: train that long, whatever max_iters, and stretch all schedules to it
 weight_decay = 0.1  # on matrices only
-beta1 = 0.9
+muon_learning_rate = 0.02  # the largest; it follows the schedule of learning_rate
+muon_momentum = 0.95  # 0.9 for a short run
+muon_weight_decay = 0.0
+beta1 = 0.9  # of AdamW
 beta2 = 0.95  # 0.99 where a batch has few tokens
 grad_clip = 1.0  # the largest norm of the gradient; 0: no limit
-# the learning rate: linear warm-up, then a cosine down to min_lr
+# the learning rate: linear warm-up, then down to min_lr
 decay_lr = True
+lr_schedule = "cosine"  # or linear
 warmup_iters = 100
 lr_decay_iters = 5000  # usually max_iters
 min_lr = 1e-4  # usually learning_rate / 10
@@ -105,6 +113,10 @@ dtype = "auto"  # bfloat16 on CUDA where it has it, else float32; or bfloat16, f
 compile = False  # torch.compile: faster steps after a minute of compiling
 seed = 1337
 # -----------------------------------------------------------------------------
+mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+if mallopt:  # keep freed memory up to 32 MB a piece: each step asks for the same again
+    mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts Ctrl-C just ends it
 settings = override(globals(), sys.argv[1:])
 globals().update(settings)
@@ -115,8 +127,11 @@ for name, least in {
     "gradient_accumulation_steps": 1,
     "batch_size": 1,
     "max_iters": 0,
+    "max_seconds": 0.0,
     "learning_rate": 0.0,
+    "muon_learning_rate": 0.0,
     "weight_decay": 0.0,
+    "muon_weight_decay": 0.0,
     "seed": 0,
 }.items():
     if not settings[name] >= least:  # NaN is not, either
@@ -125,6 +140,8 @@ for name, allowed in {
     "init_from": ("scratch", "resume"),
     "dtype": ("auto", "bfloat16", "float32"),
     "backend": ("auto", "nccl", "gloo"),
+    "optimizer": ("muon", "adamw"),
+    "lr_schedule": ("cosine", "linear"),
 }.items():
     if settings[name] not in allowed:
         fail(f"{name}={settings[name]!r}: must be one of {', '.join(allowed)}")
@@ -177,13 +194,14 @@ except (ValueError, OSError, KeyError, TypeError) as error:
     fail(str(error) if str(data_dir) in str(error) else f"{data_dir}: {error}")
 
 # The model and its optimizer.
-start_iter, best_val_loss, saved_is_best = 0, math.inf, False
+start_iter, start_seconds, best_val_loss, saved_is_best = 0, 0.0, math.inf, False
 decisions = None  # which experts were on at the last evaluation
 try:
     torch.manual_seed(seed)
     if init_from == "resume":
         raw_model, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), device)
-        start_iter, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
+        start_iter, start_seconds = checkpoint["iter_num"], checkpoint["seconds"]
+        best_val_loss = checkpoint["best_val_loss"]
         saved_is_best, decisions = checkpoint["is_best"], checkpoint["decisions"]
         if checkpoint["tokenizer"] != meta["tokenizer"]:
             raise ValueError(f"{data_dir}: not the vocabulary that {out_dir} was trained with")
@@ -203,19 +221,35 @@ try:
                 f"{block_size + 1}; set a smaller --block_size, or use more text"
             )
     params = list(raw_model.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in params if p.dim() >= 2]},
-            {"params": [p for p in params if p.dim() < 2]},
-        ],
-        lr=learning_rate,
-        betas=(beta1, beta2),
-        fused=True,
-    )
+    matrices = raw_model.matrices() if optimizer == "muon" else {}
+    by_muon = {id(p) for weights in matrices.values() for p in weights}
+    rest = [p for p in params if id(p) not in by_muon]
+    optimizers = [
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+                {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+            ],
+            lr=learning_rate,
+            betas=(beta1, beta2),
+            fused=True,
+        )
+    ]
+    if optimizer == "muon":
+        groups = [{"params": weights, "rows": rows} for rows, weights in matrices.items()]
+        optimizers.append(Muon(groups, muon_learning_rate, muon_momentum, muon_weight_decay))
     if init_from == "resume":
-        optimizer.load_state_dict(checkpoint.pop("optimizer"))
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
-        group.update(weight_decay=decay, betas=(beta1, beta2))  # also where a checkpoint has others
+        if (trained_with := checkpoint["config"]["optimizer"]) != optimizer:
+            raise ValueError(
+                f"optimizer={optimizer!r}: {out_dir} was trained with {trained_with!r}"
+            )
+        for opt, state in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
+            given = [
+                {k: v for k, v in group.items() if k != "params"} for group in opt.param_groups
+            ]
+            opt.load_state_dict(state)
+            for group, ours in zip(opt.param_groups, given, strict=True):
+                group.update(ours)  # the settings, also where the checkpoint has others
 except KeyError as error:
     fail(f"{out_dir}/ckpt.pt: has no entry {error}; it was not written by this train.py")
 except (ValueError, RuntimeError) as error:  # the latter: a seed too large, no memory
@@ -295,14 +329,15 @@ def expert_statistics() -> dict[str, list]:
     return {name: value.tolist() for name, value in stats.items()}
 
 
-def get_lr(it: int) -> float:
-    """The learning rate of iteration `it`: linear warm-up, cosine decay, then min_lr."""
+def get_lr(it: float) -> float:
+    """The learning rate at iteration `it`: linear warm-up, decay by lr_schedule, then min_lr."""
     if not decay_lr:
         return learning_rate
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     share = min(1.0, (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
-    return min_lr + 0.5 * (1.0 + math.cos(math.pi * share)) * (learning_rate - min_lr)
+    left = 1.0 - share if lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
+    return min_lr + left * (learning_rate - min_lr)
 
 
 def save_checkpoint(is_best: bool) -> None:
@@ -313,9 +348,10 @@ def save_checkpoint(is_best: bool) -> None:
     global saved_is_best, saved_iter
     checkpoint = {
         "model": raw_model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [opt.state_dict() for opt in optimizers],
         "model_args": asdict(raw_model.config),
         "iter_num": iter_num,
+        "seconds": seconds,
         "best_val_loss": best_val_loss,
         "is_best": is_best,
         "decisions": decisions,
@@ -359,12 +395,12 @@ def on_signal(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def stop_requested() -> bool:
-    """Whether any of the processes got a signal."""
-    flag = torch.tensor(stop_signal)
+def agree(*values: float) -> list[float]:
+    """The largest of each value over all processes, so that they stop together."""
+    largest = torch.tensor(values, dtype=torch.float64)
     if ddp:
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return flag.item() != 0
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def leave_processes(status: int) -> None:
@@ -407,8 +443,13 @@ raw_model.estimate_mfu(1, 1)  # measures the machine's peak, before the clock st
 start = last = time.perf_counter()
 last_iter = iter_num
 while True:
+    stop, seconds = agree(stop_signal, start_seconds + time.perf_counter() - start)
+    # Where the schedules are: at this iteration, or as far as the time is spent.
+    schedule_iter = max_iters * min(1.0, seconds / max_seconds) if max_seconds else iter_num
+    finished = schedule_iter >= max_iters
+
     # Evaluate, and save. A resumed run did that before it stopped.
-    due = iter_num % eval_interval == 0 or iter_num == max_iters
+    due = iter_num % eval_interval == 0 or finished
     if master and (eval_only or (due and (iter_num == 0 or iter_num != start_iter))):
         began = time.perf_counter()
         losses = {split: estimate_loss(split) for split in data}
@@ -419,12 +460,11 @@ while True:
         if not math.isfinite(losses["val"]):
             fail(f"the loss is {losses['val']} at iteration {iter_num}; lower --learning_rate")
         if not eval_only:
-            seconds = time.perf_counter() - start
             log_evaluation(
                 iter=iter_num,
                 train_loss=losses["train"],
                 val_loss=losses["val"],
-                lr=get_lr(iter_num),
+                lr=get_lr(schedule_iter),
                 seconds=seconds,
                 **(expert_statistics() if has_experts else {}),
             )
@@ -434,9 +474,9 @@ while True:
             if improved or (always_save_checkpoint and iter_num > 0):
                 save_checkpoint(is_best=improved)
         last += time.perf_counter() - began
-    if iter_num >= max_iters or eval_only:
+    if finished or eval_only:
         break
-    if stop_requested():
+    if stop:
         if master:
             if saved_iter != iter_num:
                 save_checkpoint(is_best=False)
@@ -451,10 +491,12 @@ while True:
         sys.exit(130)
 
     # One iteration: accumulate the gradient over the micro-steps, then step.
-    for group in optimizer.param_groups:
-        group["lr"] = get_lr(iter_num)
+    lr = get_lr(schedule_iter)
+    for opt, largest in zip(optimizers, (learning_rate, muon_learning_rate), strict=False):
+        for group in opt.param_groups:
+            group["lr"] = lr * largest / (learning_rate or 1.0)
     if has_experts:
-        growth = penalty_growth(penalty_schedule, iter_num, penalty_iters)
+        growth = penalty_growth(penalty_schedule, schedule_iter, penalty_iters)
         raw_model.penalty_weights.copy_(full_penalty_weights).mul_(growth)
     logged = torch.zeros(2, device=device)  # the loss, and the share of experts on
     for micro_step in range(micro_steps):
@@ -469,8 +511,9 @@ while True:
             logged[1] += output.metrics["experts_on"] / micro_steps
     if grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(params, grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for opt in optimizers:
+        opt.step()
+        opt.zero_grad(set_to_none=True)
 
     if iter_num % log_interval == 0:
         if ddp:
@@ -479,6 +522,8 @@ while True:
         now = time.perf_counter()
         dt, last, last_iter = (now - last) / (iter_num + 1 - last_iter), now, iter_num + 1
         left = (now - start) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
+        if max_seconds:
+            left = max_seconds - seconds
         tokens_per_second = micro_steps * world_size * batch_size * block_size / dt
         if master:
             print(
@@ -493,15 +538,16 @@ while True:
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if master:
-    took = time.perf_counter() - start
     val = evaluate(whole_val())
     experts = f", experts on {val['experts_on']:.1%}" if "experts_on" in val else ""
     print(
         f"whole validation split: loss {val['cross_entropy']:.4f}{experts}, after {iter_num} "
-        f"iterations, {took:.1f} s"
+        f"iterations, {seconds:.1f} s"
     )
     if not eval_only:
-        log_evaluation(iter=iter_num, whole_val_loss=val.pop("cross_entropy"), **val, seconds=took)
+        log_evaluation(
+            iter=iter_num, whole_val_loss=val.pop("cross_entropy"), **val, seconds=seconds
+        )
         has_newline = tokenizer.kind == "gpt2" or "\n" in tokenizer.chars
         prompt = "\n" if has_newline else tokenizer.chars[0]
         idx = torch.tensor([tokenizer.encode(prompt)], device=device)

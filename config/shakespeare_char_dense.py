@@ -6,6 +6,11 @@ eval_interval = 250
 always_save_checkpoint = False  # the small corpus invites overfitting: keep the best
 wandb_run_name = "shakespeare-char-dense"
 
+# The best layer of the search in experiments/recipe: the decoder reads the past through the encoder
+# alone, which leaves one attention less, and gets the encoder's view of each token beside it.
+lateral = True
+decoder_self_attention = False
+
 on_cuda = {
     "block_size": 256,
     "batch_size": 64,
@@ -13,8 +18,8 @@ on_cuda = {
     "n_head": 6,
     "n_embd": 384,
     "dropout": 0.2,
-    "learning_rate": 1e-3,
-    "min_lr": 1e-4,
+    "learning_rate": 3e-3,
+    "min_lr": 3e-4,
     "beta2": 0.99,
     "warmup_iters": 100,
     "max_iters": 5000,
@@ -28,14 +33,16 @@ on_cpu = {
     "batch_size": 12,
     "n_layer": 2,
     "n_head": 2,
-    "n_embd": 128,
+    "n_embd": 96,
     "dropout": 0.0,
-    "learning_rate": 3e-3,
-    "min_lr": 3e-4,
+    "learning_rate": 1e-2,
+    "lr_schedule": "linear",
+    "min_lr": 0.0,
+    "muon_momentum": 0.9,
     "beta2": 0.99,
-    "warmup_iters": 100,
-    "max_iters": 2000,
-    "lr_decay_iters": 2000,
+    "warmup_iters": 70,
+    "max_iters": 1400,
+    "lr_decay_iters": 1400,
     "eval_iters": 20,
     "compile": False,
 }

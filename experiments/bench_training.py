@@ -1,0 +1,220 @@
+"""How fast a training step is, beside the decoder-only baseline and two other libraries.
+
+    pip install transformers x-transformers
+    python experiments/bench_training.py        about eight minutes on two cores
+
+Prints a table per size and writes experiments/bench_training.json. All models have one width and
+as many heads, learn from one batch in float32 and take turns, so that all meet the same noise.
+Speed is relative to seven decoder-only layers, whose matrices three parallel layers match (28 C²
+a layer against 12 C²). The lateral variant has 25 C² a layer, which no shallow decoder-only model
+meets within 2 %: three are 6 % more than six layers and 9 % less than seven. So read its speed x
+parameters, relative to seven layers too; six layers show how far depth alone moves that figure.
+
+The peers run in their fastest fair setting: fused attention, no dropout, the exact GELU in one
+call; x-transformers without biases and with a tied output, as ours. GPT-2 always has biases, and
+shifts its labels itself: it computes all T positions, T - 1 of them count in its loss. Memory is
+what three steps add, at their peak, to a process that has loaded all code, in MiB (Linux only).
+"""
+
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+from x_transformers import Decoder, TransformerWrapper
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model import ModelConfig, ParallelEncoderDecoder, gemm_peak  # noqa: E402
+from muon import Muon  # noqa: E402
+
+RESULTS = Path(__file__).with_suffix(".json")
+V, DEPTH, ROUNDS, THREADS = 65, 7, 6, 2  # the first round is not counted
+
+
+class Size(NamedTuple):
+    C: int  # width
+    T: int  # tokens in a sequence
+    B: int  # sequences in a batch
+    heads: int
+    steps: int  # in a round
+
+
+SIZES = {"C=128": Size(128, 64, 12, 2, steps=10), "C=384": Size(384, 256, 8, 6, steps=2)}
+EXPERTS = dict(n_expert=16, l1_norm="squared", l1_weight=0.05)
+LATERAL = dict(lateral=True, decoder_self_attention=False)
+BASELINE, GPT2, X = "decoder-only, 7 layers", "Hugging Face GPT-2", "x-transformers"
+OURS = {  # the rest of the names are peers
+    "parallel, 3 layers": dict(n_layer=3),
+    "parallel, 16 experts": dict(n_layer=3, **EXPERTS),
+    "parallel, lateral, no decoder self-attention": dict(n_layer=3, **LATERAL),
+    BASELINE: dict(arch="decoder_only", n_layer=DEPTH),
+    "decoder-only, 6 layers": dict(arch="decoder_only", n_layer=6),
+    "parallel, 3 layers, Muon": dict(n_layer=3),
+    f"{BASELINE}, Muon": dict(arch="decoder_only", n_layer=DEPTH),
+}
+NAMES = (*OURS, GPT2, X)
+
+
+def build(name: str, size: Size) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """The model, and its loss as a function of inputs and targets (B, T)."""
+    C, T, _, heads, _ = size
+    if name == GPT2:
+        sizes = dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=DEPTH, n_head=heads)
+        no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        # Its default, gelu_new, is eight operations, slower than this one.
+        faster = dict(activation_function="gelu", attn_implementation="sdpa", use_cache=False)
+        ids = dict(bos_token_id=0, eos_token_id=0)  # its own are beyond V
+        gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **faster, **ids))
+        gpt2.loss_type = "ForCausalLM"  # its default, of which it warns where it is not set
+        return gpt2, lambda x, y: gpt2(x, labels=x).loss
+    if name == X:
+        attention = dict(heads=heads, attn_dim_head=C // heads, attn_flash=True)
+        layers = Decoder(dim=C, depth=DEPTH, ff_no_bias=True, **attention)
+        sizes = dict(num_tokens=V, max_seq_len=T)
+        wrapper = TransformerWrapper(**sizes, attn_layers=layers, tie_embedding=True)
+        return wrapper, lambda x, y: F.cross_entropy(wrapper(x).flatten(0, 1), y.flatten())
+    config = ModelConfig(block_size=T, vocab_size=V, n_head=heads, n_embd=C, **OURS[name])
+    ours = ParallelEncoderDecoder(config)
+    return ours, lambda x, y: ours(x, y).loss
+
+
+def optimizers_of(model: nn.Module, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW, and with `muon` Muon for the matrices of the layers, as train.py sets them up."""
+    matrices = model.matrices() if muon else {}
+    by_muon = {id(p) for weights in matrices.values() for p in weights}
+    rest = [p for p in model.parameters() if id(p) not in by_muon]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)]
+    if muon:
+        optimizers.append(Muon([{"params": p, "rows": rows} for rows, p in matrices.items()]))
+    return optimizers
+
+
+def stepper(name: str, size: Size) -> tuple[nn.Module, Callable[[], None]]:
+    """A new model, and a function that trains it for one step on a batch of random tokens."""
+    torch.manual_seed(0)
+    tokens = torch.randint(V, (size.B, size.T + 1))
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    model, loss = build(name, size)
+    optimizers = optimizers_of(model, muon="Muon" in name)
+    params = list(model.parameters())
+
+    def step() -> None:
+        loss(x, y).backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return model, step
+
+
+def num_params(model: nn.Module) -> int:
+    """Parameters, the position embedding not counted; shared ones count once."""
+    named = model.named_parameters()
+    return sum(p.numel() for n, p in named if "pos_emb" not in n and "wpe" not in n)
+
+
+def step_flops(model: nn.Module, size: Size) -> int:
+    """Of one step, counted as ParallelEncoderDecoder.estimate_mfu does."""
+    attentions = sum(type(m).__name__.endswith("Attention") for m in model.modules())
+    per_token = 6 * num_params(model) + 12 * attentions * size.C * size.T
+    return per_token * size.B * size.T
+
+
+def memory(field: str) -> float:
+    """A field of this process's memory in MiB: VmRSS now, VmHWM at its peak.
+
+    Not getrusage: its ru_maxrss starts a new process at the peak of the one that started it.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def peak_memory(name: str, size: str) -> float | None:
+    """What a process of its own measures with --memory."""
+    if sys.platform != "linux":
+        return None
+    command = [sys.executable, __file__, "--memory", name, size]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure(size: Size) -> tuple[float, dict[str, dict]]:
+    """The GEMM peak in FLOP/s, and what was measured of each model but the memory."""
+    built = {name: stepper(name, size) for name in NAMES}
+    seconds, peaks = {name: [] for name in NAMES}, []
+    for _ in range(ROUNDS):
+        gemm_peak.cache_clear()
+        peaks.append(gemm_peak("cpu"))
+        for name, (_, step) in built.items():
+            start = time.perf_counter()
+            for _ in range(size.steps):
+                step()
+            seconds[name].append((time.perf_counter() - start) / size.steps)
+    peak, rows, base = statistics.median(peaks[1:]), {}, num_params(built[BASELINE][0])
+    for name, (model, _) in built.items():
+        median = statistics.median(seconds[name][1:])
+        pairs = zip(seconds[BASELINE][1:], seconds[name][1:], strict=True)
+        speed = statistics.median(baseline / own for baseline, own in pairs)
+        rows[name] = {
+            "parameters": num_params(model),
+            "ms": median * 1000,
+            "tokens_per_second": size.B * size.T / median,
+            "speed": speed,
+            "speed_x_parameters": speed * num_params(model) / base,
+            "share_of_gemm_peak": step_flops(model, size) / median / peak,
+            "ms_of_rounds": [s * 1000 for s in seconds[name]],
+        }
+    return peak, rows
+
+
+def main() -> None:
+    packages = ("torch", "transformers", "x-transformers")
+    results = {"threads": THREADS, "versions": {name: version(name) for name in packages}}
+    for key, size in SIZES.items():
+        peak, rows = measure(size)
+        for name, row in rows.items():
+            row["peak_memory_mib"] = peak_memory(name, key)
+        results[key] = {**size._asdict(), "gemm_peak": peak, "models": rows}
+        print(f"\n{key}, T={size.T}, batch {size.B}, GEMM peak {peak / 1e9:.0f} GFLOP/s\n")
+        columns = "model | parameters | ms a step | tokens/s | speed | speed x parameters"
+        print(f"| {columns} | of GEMM peak | MiB |\n| --- {'| ---: ' * 7}|")
+        for name, row in rows.items():
+            print(
+                f"| {name} | {row['parameters']:,} | {row['ms']:.1f} "
+                f"| {row['tokens_per_second']:,.0f} | {row['speed']:.3f} "
+                f"| {row['speed_x_parameters']:.3f} | {row['share_of_gemm_peak']:.0%} "
+                f"| {row['peak_memory_mib'] or float('nan'):.0f} |",
+                flush=True,
+            )
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # as train.py: keep freed memory, since each step asks for the same again
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+    torch.set_num_threads(THREADS)
+    if sys.argv[1:2] == ["--memory"]:
+        stepper(sys.argv[2], Size(12, 8, 1, 2, steps=1))[1]()  # loads torch's code, 20 MiB
+        before = memory("VmRSS")
+        _, train_step = stepper(sys.argv[2], SIZES[sys.argv[3]])
+        for _ in range(3):
+            train_step()
+        print(memory("VmHWM") - before)
+    else:
+        main()

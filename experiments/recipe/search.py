@@ -1,0 +1,112 @@
+"""Which settings make the best of a fixed time on two cores? Every run goes through train.py.
+
+    python experiments/recipe/search.py         the lines of trials.txt not in results.jsonl yet
+
+A line of trials.txt: settings; patch; seed; max_seconds; threads. Settings follow base.py, or
+start with a preset of their own. Runs of one thread go two at a time, runs of two threads alone. A
+patch changes what is no setting, such as the initialisation, before train.py runs. Each run adds
+its line to results.jsonl; the loss is the one over the whole validation split.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RESULTS = HERE / "results.jsonl"
+PATCHES = {
+    "": "",
+    "quintic 5": "muon.COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5",
+    "polar express 3": "muon.COEFFICIENTS = muon.COEFFICIENTS[:3]",
+    "zero projections": "after_init(lambda n, p: p.zero_() if n.endswith(ENDS) else p)",
+    "embeddings 0.3": "after_init(lambda n, p: p.mul_(3) if '_emb' in n else p)",
+    "ln_out 0.1": "after_init(lambda n, p: p.fill_(0.1) if n == 'ln_out.weight' else p)",
+    "ln_out 0.3": "after_init(lambda n, p: p.fill_(0.3) if n == 'ln_out.weight' else p)",
+    "momentum 0.9": "momentum(0.9)",
+    "momentum 0.95": "momentum(0.95)",
+    "router by adamw": "router_by_adamw()",
+}
+PRELUDE = """
+import runpy, sys, torch, model, muon
+ENDS = ("proj.weight", "w2.weight", "lateral.weight")
+def momentum(value):
+    muon.Muon.__init__.__defaults__ = (0.02, value, 0.0)
+def after_init(change):
+    init = model.ParallelEncoderDecoder.init_weights
+    def patched(self):
+        init(self)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                change(name, p)
+    model.ParallelEncoderDecoder.init_weights = patched
+def router_by_adamw():
+    matrices = model.ParallelEncoderDecoder.matrices
+    def patched(self):
+        C = self.config.n_embd
+        return {rows: p for rows, p in matrices(self).items() if set(rows) <= {C, 4 * C}}
+    model.ParallelEncoderDecoder.matrices = patched
+"""
+lock = threading.Lock()
+
+
+def read_trials() -> list[dict]:
+    """The runs that trials.txt asks for."""
+    trials = []
+    for line in (HERE / "trials.txt").read_text(encoding="utf-8").splitlines():
+        settings, patch, *numbers = map(str.strip, line.split(";"))
+        seed, max_seconds, threads = map(int, numbers)
+        trials.append(
+            dict(
+                settings=settings, patch=patch, seed=seed, max_seconds=max_seconds, threads=threads
+            )
+        )
+    return trials
+
+
+def run(trial: dict) -> None:
+    """One training run, in a folder of its own; appends its figures to the results."""
+    with tempfile.TemporaryDirectory() as out_dir:
+        base = [] if trial["settings"].startswith("config/") else ["experiments/recipe/base.py"]
+        argv = ["train.py", *base, *trial["settings"].split(), f"--seed={trial['seed']}"]
+        argv += [f"--max_seconds={trial['max_seconds']}", f"--out_dir={out_dir}", "--device=cpu"]
+        argv += ["--eval_interval=1000000", "--log_interval=100"]
+        patches = "\n".join(PATCHES[name] for name in trial["patch"].split(" + "))
+        code = f"{PRELUDE}\n{patches}\nsys.argv = {argv}\nrunpy.run_path('train.py')"
+        threads = {"OMP_NUM_THREADS": str(trial["threads"]), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT, env={**os.environ, **threads}, capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            sys.exit(f"{trial}:\n{done.stderr}")
+        *_, evaluation, whole = Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
+    evaluation, whole = json.loads(evaluation), json.loads(whole)
+    row = trial | {
+        "parameters": int(done.stdout.split(" parameters")[0].replace(",", "")),
+        "iterations": whole["iter"],
+        "seconds": whole["seconds"],
+        "val_loss": whole["whole_val_loss"],
+        "train_loss": evaluation["train_loss"],
+        "experts_on": whole.get("experts_on"),
+    }
+    with lock, open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    on = "" if row["experts_on"] is None else f", experts on {row['experts_on']:.0%}"
+    print(f"{row['val_loss']:.4f}{on}, {row['iterations']} iterations: {trial}", flush=True)
+
+
+if __name__ == "__main__":
+    done = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    rows = [json.loads(line) for line in done]
+    left = [t for t in read_trials() if not any(t.items() <= row.items() for row in rows)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, [trial for trial in left if trial["threads"] == 1]))
+    for trial in left:
+        if trial["threads"] > 1:
+            run(trial)
