@@ -2,9 +2,10 @@
 
     optimizer = Muon([{"params": weights, "rows": (C, C)}], lr=0.02)
 
-Keller Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. It does what
-torch.optim.Muon does, faster: equal matrices go through Newton-Schulz as one batch, in fewer steps,
-on a CPU in float32. Embeddings, norms and biases are not for it. This file needs torch alone.
+Keller Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. The update is that of
+torch.optim.Muon with other coefficients; it takes less time, since equal matrices go through
+Newton-Schulz as one batch, in fewer steps, and on a CPU in float32. Embeddings, norms and biases
+are not for it. This file needs torch alone.
 """
 
 from collections import defaultdict
@@ -26,15 +27,16 @@ COEFFICIENTS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR_E
 
 
 def orthogonalize(X: Tensor) -> Tensor:
-    """X (N, r, c) with all singular values brought to about 1: from U S V^T close to U V^T.
+    """X (N, r, c) with its singular values brought near 1, most to 0.4 to 1.6: U S V^T to U V^T.
 
     A Newton-Schulz step takes X to a X + b (X X^T) X + c (X X^T)^2 X, which acts on the singular
-    values alone. The steps of a wide X are taken on X X^T, and multiplied to X once, at the end.
+    values alone. The steps of a wide X are taken on X X^T, and multiplied to X once, at the end;
+    not in bfloat16, where X X^T loses the small singular values and the steps blow them up.
     """
     if X.size(-2) > X.size(-1):
         return orthogonalize(X.mT).mT
     X = X / (1.01 * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if X.size(-1) < 2 * X.size(-2):
+    if X.size(-1) < 2 * X.size(-2) or X.dtype == torch.bfloat16:
         for a, b, c in COEFFICIENTS:
             A = X @ X.mT
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
@@ -64,8 +66,6 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
     ):
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum}: must be in [0, 1)")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -90,5 +90,6 @@ class Muon(torch.optim.Optimizer):
         for ((rows, columns), lr), parts in batches.items():
             weights, updates = zip(*parts, strict=True)
             X = torch.stack(updates)
-            X = orthogonalize(X.bfloat16() if X.is_cuda else X).to(X.dtype)
+            bfloat16 = X.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            X = orthogonalize(X.bfloat16() if bfloat16 else X).to(X.dtype)
             torch._foreach_add_(weights, X.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)

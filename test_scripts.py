@@ -693,21 +693,18 @@ def test_a_run_logs_what_its_experts_do(twice_accumulated):
 
 
 def test_max_seconds_bounds_a_run_and_stretches_its_schedule(workplace):
-    args = (*TINY, "--max_seconds=3", "--eval_interval=1000000", "--log_interval=100")
-    printed = succeed(workplace, "train.py", *args)
-    last = evaluations(workplace / "out")[-1]
-    assert last["iter"] > 20 and 3 <= last["seconds"] < 30
-    assert evaluations(workplace / "out")[-2]["lr"] == pytest.approx(1e-4)  # min_lr
-    assert "0:0" in re.search(r"^iter 100: .* (\S+) left$", printed, re.M)[1]
+    args = (*TINY, "--max_seconds=4", "--eval_interval=40", "--lr_schedule=linear", "--min_lr=0")
+    printed = succeed(workplace, "train.py", *args, "--warmup_iters=0")
+    *rows, last, _ = evaluations(workplace / "out")
+    assert last["iter"] > 40 and 4 <= last["seconds"] < 60 and last["lr"] == 0
+    assert [row["iter"] for row in rows] == list(range(0, last["iter"], 40))
+    for row in rows:  # far beyond max_iters = 20, the schedule is where the time is
+        assert row["lr"] == pytest.approx(0.01 * (1 - row["seconds"] / 4)) and row["lr"] > 0
+    assert re.search(r"^iter 10: .* 0:0[0-4] left$", printed, re.M)
     again = succeed(workplace, "train.py", *args, "--init_from=resume")
-    assert "iter " not in again.replace("iterations", "")  # its time is spent
-    more = (*args, "--init_from=resume", "--max_seconds=5")
-    assert evaluations_after(workplace, more)[-1]["seconds"] >= 5
-
-
-def evaluations_after(folder, args):
-    succeed(folder, "train.py", *args)
-    return evaluations(folder / "out")
+    assert not re.search(r"^iter \d+: ", again, re.M)  # its time is spent
+    succeed(workplace, "train.py", *args, "--init_from=resume", "--max_seconds=6")
+    assert evaluations(workplace / "out")[-1]["seconds"] >= 6
 
 
 def test_an_earlier_run_is_kept(workplace, trained):
@@ -767,7 +764,9 @@ def test_resume_takes_the_model_from_the_checkpoint(trained):
         (("--init_from=gpt2",), "init_from='gpt2': must be one of scratch, resume"),
         (("--device=tpu",), "device='tpu': "),
         (("--optimizer=sgd",), "optimizer='sgd': must be one of muon, adamw"),
-        (("--muon_momentum=1.0",), "momentum=1.0: must be in [0, 1)"),
+        (("--muon_momentum=1.0",), "muon_momentum=1.0: must be at least 0 and less than 1"),
+        (("--min_lr=1.0",), "min_lr=1.0: must be at most learning_rate=0.01"),
+        (("--max_seconds=1.0", "--max_iters=0"), "max_iters=0: must be at least 1 with"),
         (("--lr_schedule=step",), "lr_schedule='step': must be one of cosine, linear"),
         (("--max_seconds=-1",), "max_seconds=-1.0: must be at least 0"),
         (("--batch_size=0",), "batch_size=0: must be at least 1"),

@@ -7,7 +7,8 @@
 
 Notable: every random draw follows from the seed, the iteration and the micro-step alone. So a
 resumed run repeats the undisturbed one (on a CPU bit for bit), and two processes repeat what one
-does with the same accumulation. A reported loss is the cross-entropy in nats per token.
+does with the same accumulation, unless max_seconds ties the schedules to the clock. A reported loss
+is the cross-entropy in nats per token.
 """
 
 import ctypes
@@ -90,9 +91,9 @@ penalty_schedule = "constant"  # or linear, exponential
 penalty_iters = 1000  # iterations until both weights have their full value
 # the optimizer
 optimizer = "muon"  # for the matrices of the layers, AdamW for the rest; or adamw for all
-learning_rate = 1e-3  # of AdamW, the largest; smaller models bear larger ones
+learning_rate = 3e-3  # of AdamW, the largest; smaller models bear larger ones
 max_iters = 5000
-max_seconds = 0.0  # over 0: train that long, whatever max_iters, and stretch all schedules to it
+max_seconds = 0.0  # over 0: train that long; max_iters is then the length that schedules assume
 weight_decay = 0.1  # on matrices only
 muon_learning_rate = 0.02  # the largest; it follows the schedule of learning_rate
 muon_momentum = 0.95  # 0.9 for a short run
@@ -105,7 +106,7 @@ decay_lr = True
 lr_schedule = "cosine"  # or linear
 warmup_iters = 100
 lr_decay_iters = 5000  # usually max_iters
-min_lr = 1e-4  # usually learning_rate / 10
+min_lr = 3e-4  # usually learning_rate / 10
 # system
 backend = "auto"  # of torchrun: nccl on CUDA, else gloo
 device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
@@ -128,7 +129,7 @@ for name, least in {
     "batch_size": 1,
     "max_iters": 0,
     "max_seconds": 0.0,
-    "learning_rate": 0.0,
+    "learning_rate": 1e-12,
     "muon_learning_rate": 0.0,
     "weight_decay": 0.0,
     "muon_weight_decay": 0.0,
@@ -145,6 +146,13 @@ for name, allowed in {
 }.items():
     if settings[name] not in allowed:
         fail(f"{name}={settings[name]!r}: must be one of {', '.join(allowed)}")
+
+if min_lr > learning_rate:
+    fail(f"min_lr={min_lr}: must be at most learning_rate={learning_rate}")
+if not 0 <= muon_momentum < 1:
+    fail(f"muon_momentum={muon_momentum}: must be at least 0 and less than 1")
+if max_seconds and not max_iters:
+    fail("max_iters=0: must be at least 1 with max_seconds")
 
 # The device, and under torchrun the processes: each takes its share of the micro-batches.
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -492,9 +500,10 @@ while True:
 
     # One iteration: accumulate the gradient over the micro-steps, then step.
     lr = get_lr(schedule_iter)
-    for opt, largest in zip(optimizers, (learning_rate, muon_learning_rate), strict=False):
+    for opt in optimizers:
+        largest = muon_learning_rate if isinstance(opt, Muon) else learning_rate
         for group in opt.param_groups:
-            group["lr"] = lr * largest / (learning_rate or 1.0)
+            group["lr"] = largest * lr / learning_rate
     if has_experts:
         growth = penalty_growth(penalty_schedule, schedule_iter, penalty_iters)
         raw_model.penalty_weights.copy_(full_penalty_weights).mul_(growth)

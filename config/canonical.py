@@ -36,9 +36,9 @@ on_cpu = {
     "min_lr": 0.0,
     "muon_momentum": 0.9,
     "beta2": 0.99,
-    "warmup_iters": 70,
-    "max_iters": 1400,
-    "lr_decay_iters": 1400,
+    "warmup_iters": 58,
+    "max_iters": 1150,
+    "lr_decay_iters": 1150,
     "eval_iters": 20,
     "compile": False,
 }

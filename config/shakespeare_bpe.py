@@ -6,8 +6,8 @@ eval_interval = 100
 always_save_checkpoint = False
 wandb_run_name = "shakespeare-bpe"
 dropout = 0.2
-learning_rate = 1e-3
-min_lr = 1e-4
+learning_rate = 3e-3
+min_lr = 3e-4
 beta2 = 0.99
 
 on_cuda = {

@@ -1,4 +1,4 @@
-"""What learned dropout, and its routers alone, add to a training step of the CPU preset.
+"""What learned dropout, and its routers alone, add to a training step.
 
 python experiments/bench_experts.py          half a minute; medians of interleaved runs
 """

@@ -18,6 +18,7 @@ what three steps add, at their peak, to a process that has loaded all code, in M
 
 import ctypes
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -156,10 +157,13 @@ def measure(size: Size) -> tuple[float, dict[str, dict]]:
     """The GEMM peak in FLOP/s, and what was measured of each model but the memory."""
     built = {name: stepper(name, size) for name in NAMES}
     seconds, peaks = {name: [] for name in NAMES}, []
+    order = list(NAMES)
     for _ in range(ROUNDS):
         gemm_peak.cache_clear()
         peaks.append(gemm_peak("cpu"))
-        for name, (_, step) in built.items():
+        random.shuffle(order)  # no model always runs behind the same one
+        for name in order:
+            step = built[name][1]
             start = time.perf_counter()
             for _ in range(size.steps):
                 step()

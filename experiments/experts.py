@@ -1,4 +1,4 @@
-"""Do the experts cost anything? The main job beside a dense model of as many parameters.
+"""Do the experts cost anything? The canonical layer with AdamW, and dense, with equal parameters.
 
     python experiments/experts.py          two runs at once on one thread each, 3 minutes a run
 
@@ -19,10 +19,10 @@ RESULTS = HERE / "experts.jsonl"
 SEEDS = (1, 2, 3)
 COMPARED = {  # all within 1 % of 0.97 million parameters
     "dense": "--n_expert=0 --n_embd=130",
-    "experts": "",  # the main job: 16 experts of 32 hidden units
+    "experts": "",  # 16 experts of 32 hidden units
     "channels": "--n_expert=124 --n_embd=124 --expert_site=output",  # a mask value an output
 }
-TRIED = (  # on the main job, one seed each: which way to look
+TRIED = (  # on these experts, one seed each: which way to look
     "--l1_weight=0.02",
     "--l1_weight=0.1",
     "--l1_weight=0.2",
@@ -45,8 +45,9 @@ def run(name: str, args: str, seed: int) -> None:
     if (name, seed) in {(row["name"], row["seed"]) for row in map(json.loads, done)}:
         return
     with tempfile.TemporaryDirectory() as out_dir:
-        command = ["train.py", "config/shakespeare_char.py", *args.split(), f"--seed={seed}"]
-        command += ["--device=cpu", "--eval_interval=1000", f"--out_dir={out_dir}"]
+        command = ["train.py", "experiments/base.py", *args.split(), f"--seed={seed}"]
+        command += ["--optimizer=adamw", "--device=cpu", "--eval_interval=1000"]
+        command += [f"--out_dir={out_dir}"]
         subprocess.run(
             [sys.executable, *command],
             cwd=HERE.parent,

@@ -2,14 +2,15 @@
 
     python experiments/recipe/search.py         the lines of trials.txt not in results.jsonl yet
 
-A line of trials.txt: settings; patch; seed; max_seconds; threads. Settings follow base.py, or
-start with a preset of their own. Runs of one thread go two at a time, runs of two threads alone. A
-patch changes what is no setting, such as the initialisation, before train.py runs. Each run adds
-its line to results.jsonl; the loss is the one over the whole validation split.
+A line of trials.txt: settings; patch; seed; max_seconds; threads. Settings follow ../base.py, or
+start with a preset of their own, with its evaluations. Runs of one thread go two at a time, runs of
+two threads alone. A patch changes what is no setting, such as the initialisation, before train.py
+runs. Each run adds its line to results.jsonl; the loss is that of the whole validation split.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,20 +24,18 @@ RESULTS = HERE / "results.jsonl"
 PATCHES = {
     "": "",
     "quintic 5": "muon.COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5",
-    "polar express 3": "muon.COEFFICIENTS = muon.COEFFICIENTS[:3]",
     "zero projections": "after_init(lambda n, p: p.zero_() if n.endswith(ENDS) else p)",
-    "embeddings 0.3": "after_init(lambda n, p: p.mul_(3) if '_emb' in n else p)",
+    "embeddings 0.1": "after_init(lambda n, p: p.normal_(std=0.1) if '_emb' in n else p)",
+    "embeddings 0.6": "after_init(lambda n, p: p.normal_(std=0.6) if '_emb' in n else p)",
     "ln_out 0.1": "after_init(lambda n, p: p.fill_(0.1) if n == 'ln_out.weight' else p)",
     "ln_out 0.3": "after_init(lambda n, p: p.fill_(0.3) if n == 'ln_out.weight' else p)",
-    "momentum 0.9": "momentum(0.9)",
-    "momentum 0.95": "momentum(0.95)",
+    "no margin": "muon.COEFFICIENTS = muon.POLAR_EXPRESS",
+    "polar express 3, no margin": "muon.COEFFICIENTS = muon.POLAR_EXPRESS[:3]",
     "router by adamw": "router_by_adamw()",
 }
 PRELUDE = """
 import runpy, sys, torch, model, muon
 ENDS = ("proj.weight", "w2.weight", "lateral.weight")
-def momentum(value):
-    muon.Muon.__init__.__defaults__ = (0.02, value, 0.0)
 def after_init(change):
     init = model.ParallelEncoderDecoder.init_weights
     def patched(self):
@@ -72,10 +71,10 @@ def read_trials() -> list[dict]:
 def run(trial: dict) -> None:
     """One training run, in a folder of its own; appends its figures to the results."""
     with tempfile.TemporaryDirectory() as out_dir:
-        base = [] if trial["settings"].startswith("config/") else ["experiments/recipe/base.py"]
+        base = ["experiments/base.py", "--eval_interval=1000000"]  # the end alone is of interest
+        base = [] if trial["settings"].startswith("config/") else base
         argv = ["train.py", *base, *trial["settings"].split(), f"--seed={trial['seed']}"]
         argv += [f"--max_seconds={trial['max_seconds']}", f"--out_dir={out_dir}", "--device=cpu"]
-        argv += ["--eval_interval=1000000", "--log_interval=100"]
         patches = "\n".join(PATCHES[name] for name in trial["patch"].split(" + "))
         code = f"{PRELUDE}\n{patches}\nsys.argv = {argv}\nrunpy.run_path('train.py')"
         threads = {"OMP_NUM_THREADS": str(trial["threads"]), "PYTHONPATH": str(ROOT)}
@@ -88,7 +87,7 @@ def run(trial: dict) -> None:
         *_, evaluation, whole = Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
     evaluation, whole = json.loads(evaluation), json.loads(whole)
     row = trial | {
-        "parameters": int(done.stdout.split(" parameters")[0].replace(",", "")),
+        "parameters": int(re.search(r"([\d,]+) parameters", done.stdout)[1].replace(",", "")),
         "iterations": whole["iter"],
         "seconds": whole["seconds"],
         "val_loss": whole["whole_val_loss"],

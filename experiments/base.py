@@ -1,5 +1,7 @@
-# Where the trials of the search start from: the canonical layer, 16 experts, 128 wide.
+# Where the experiments start from: the canonical layer with 16 experts, 128 wide.
+
 dataset = "shakespeare_char"
+always_save_checkpoint = False
 n_expert = 16
 l1_norm = "squared"
 l1_weight = 0.05
