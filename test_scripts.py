@@ -740,6 +740,7 @@ def test_resume_needs_the_same_optimizer(trained):
     fails_with(
         "optimizer='adamw': whole was trained with 'muon'", trained[0], "train.py", *TINY, *args
     )
+    assert "step 20: " in succeed(trained[0], "train.py", *TINY, *args, "--eval_only=True")
 
 
 def test_resume_takes_the_model_from_the_checkpoint(trained):

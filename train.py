@@ -246,7 +246,7 @@ try:
     if optimizer == "muon":
         groups = [{"params": weights, "rows": rows} for rows, weights in matrices.items()]
         optimizers.append(Muon(groups, muon_learning_rate, muon_momentum, muon_weight_decay))
-    if init_from == "resume":
+    if init_from == "resume" and not eval_only:
         if (trained_with := checkpoint["config"]["optimizer"]) != optimizer:
             raise ValueError(
                 f"optimizer={optimizer!r}: {out_dir} was trained with {trained_with!r}"

@@ -36,9 +36,9 @@ on_cpu = {
     "min_lr": 0.0,
     "muon_momentum": 0.9,
     "beta2": 0.99,
-    "warmup_iters": 58,
-    "max_iters": 1150,
-    "lr_decay_iters": 1150,
+    "warmup_iters": 60,
+    "max_iters": 1215,
+    "lr_decay_iters": 1215,
     "eval_iters": 20,
     "compile": False,
 }

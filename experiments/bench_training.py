@@ -50,7 +50,7 @@ class Size(NamedTuple):
     steps: int  # in a round
 
 
-SIZES = {"C=128": Size(128, 64, 12, 2, steps=10), "C=384": Size(384, 256, 8, 6, steps=2)}
+SIZES = {"C=128": Size(128, 64, 12, 2, steps=10), "C=384": Size(384, 256, 8, 6, steps=1)}
 EXPERTS = dict(n_expert=16, l1_norm="squared", l1_weight=0.05)
 LATERAL = dict(lateral=True, decoder_self_attention=False)
 BASELINE, GPT2, X = "decoder-only, 7 layers", "Hugging Face GPT-2", "x-transformers"
