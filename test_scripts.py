@@ -43,7 +43,7 @@ OFFLINE = {
 }
 TINY = (
     "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --dropout=0.2 "
-    "--max_iters=20 --lr_decay_iters=20 --warmup_iters=2 --learning_rate=0.01 "
+    "--max_iters=20 --lr_decay_iters=20 --warmup_iters=2 --learning_rate=0.03 "
     "--eval_interval=10 --log_interval=1 --eval_iters=2 --device=cpu"
 ).split()
 
@@ -699,7 +699,7 @@ def test_max_seconds_bounds_a_run_and_stretches_its_schedule(workplace):
     assert last["iter"] > 40 and 4 <= last["seconds"] < 60 and last["lr"] == 0
     assert [row["iter"] for row in rows] == list(range(0, last["iter"], 40))
     for row in rows:  # far beyond max_iters = 20, the schedule is where the time is
-        assert row["lr"] == pytest.approx(0.01 * (1 - row["seconds"] / 4)) and row["lr"] > 0
+        assert row["lr"] == pytest.approx(0.03 * (1 - row["seconds"] / 4)) and row["lr"] > 0
     assert re.search(r"^iter 10: .* 0:0[0-4] left$", printed, re.M)
     again = succeed(workplace, "train.py", *args, "--init_from=resume")
     assert not re.search(r"^iter \d+: ", again, re.M)  # its time is spent
@@ -766,7 +766,7 @@ def test_resume_takes_the_model_from_the_checkpoint(trained):
         (("--device=tpu",), "device='tpu': "),
         (("--optimizer=sgd",), "optimizer='sgd': must be one of muon, adamw"),
         (("--muon_momentum=1.0",), "muon_momentum=1.0: must be at least 0 and less than 1"),
-        (("--min_lr=1.0",), "min_lr=1.0: must be at most learning_rate=0.01"),
+        (("--min_lr=1.0",), "min_lr=1.0: must be at most learning_rate=0.03"),
         (("--max_seconds=1.0", "--max_iters=0"), "max_iters=0: must be at least 1 with"),
         (("--lr_schedule=step",), "lr_schedule='step': must be one of cosine, linear"),
         (("--max_seconds=-1",), "max_seconds=-1.0: must be at least 0"),
