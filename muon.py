@@ -5,7 +5,7 @@
 Keller Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. The update is that of
 torch.optim.Muon with other coefficients; it takes less time, since equal matrices go through
 Newton-Schulz as one batch, in fewer steps, and on a CPU in float32. Embeddings, norms and biases
-are not for it. This file needs torch alone.
+are not for it: `configure_optimizers` leaves them to AdamW. This file needs torch alone.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # a, b, c of each step: what brings singular values fastest to 1 (Polar Express, arXiv:2505.16932),
 # with that paper's margin of 1.01, without which rounding in bfloat16 can blow up.
@@ -83,7 +83,8 @@ class Muon(torch.optim.Optimizer):
             buffers = [self.state[p]["momentum_buffer"] for p in weights]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             for p, update in zip(weights, updates, strict=True):
                 for part in zip(p.split(group["rows"]), update.split(group["rows"]), strict=True):
                     batches[part[0].shape, group["lr"]].append(part)
@@ -93,3 +94,25 @@ class Muon(torch.optim.Optimizer):
             bfloat16 = X.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             X = orthogonalize(X.bfloat16() if bfloat16 else X).to(X.dtype)
             torch._foreach_add_(weights, X.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)
+
+
+def configure_optimizers(
+    model: nn.Module, adamw: dict[str, Any], muon: dict[str, Any] | None
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters of the model; or Muon for its `matrices()`, AdamW for the rest.
+
+    `adamw` and `muon` are their arguments, `muon` None to do without. AdamW's weight decay acts on
+    parameters of two dimensions and more.
+    """
+    matrices = model.matrices() if muon is not None else {}
+    by_muon = {id(p) for weights in matrices.values() for p in weights}
+    rest = [p for p in model.parameters() if id(p) not in by_muon]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2]},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, fused=True, **adamw)]
+    if muon is not None:
+        groups = [{"params": weights, "rows": rows} for rows, weights in matrices.items()]
+        optimizers.append(Muon(groups, **muon))
+    return optimizers

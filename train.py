@@ -40,7 +40,7 @@ from model import (
     mask_statistics,
     penalty_growth,
 )
-from muon import Muon
+from muon import Muon, configure_optimizers
 from prepare_shakespeare import SHAKESPEARE, Tokenizer, prepare
 
 # -----------------------------------------------------------------------------
@@ -229,35 +229,17 @@ try:
                 f"{block_size + 1}; set a smaller --block_size, or use more text"
             )
     params = list(raw_model.parameters())
-    matrices = raw_model.matrices() if optimizer == "muon" else {}
-    by_muon = {id(p) for weights in matrices.values() for p in weights}
-    rest = [p for p in params if id(p) not in by_muon]
-    optimizers = [
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-                {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-            ],
-            lr=learning_rate,
-            betas=(beta1, beta2),
-            fused=True,
-        )
-    ]
-    if optimizer == "muon":
-        groups = [{"params": weights, "rows": rows} for rows, weights in matrices.items()]
-        optimizers.append(Muon(groups, muon_learning_rate, muon_momentum, muon_weight_decay))
+    adamw = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay)
+    muon = dict(lr=muon_learning_rate, momentum=muon_momentum, weight_decay=muon_weight_decay)
+    optimizers = configure_optimizers(raw_model, adamw, muon if optimizer == "muon" else None)
     if init_from == "resume" and not eval_only:
         if (trained_with := checkpoint["config"]["optimizer"]) != optimizer:
             raise ValueError(
                 f"optimizer={optimizer!r}: {out_dir} was trained with {trained_with!r}"
             )
-        for opt, state in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
-            given = [
-                {k: v for k, v in group.items() if k != "params"} for group in opt.param_groups
-            ]
-            opt.load_state_dict(state)
-            for group, ours in zip(opt.param_groups, given, strict=True):
-                group.update(ours)  # the settings, also where the checkpoint has others
+        for opt, saved in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
+            # The groups stay as they are: the settings count, not the checkpoint's.
+            opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
 except KeyError as error:
     fail(f"{out_dir}/ckpt.pt: has no entry {error}; it was not written by this train.py")
 except (ValueError, RuntimeError) as error:  # the latter: a seed too large, no memory
@@ -530,9 +512,10 @@ while True:
         loss, experts_on = (logged / world_size).tolist()  # waits for the device
         now = time.perf_counter()
         dt, last, last_iter = (now - last) / (iter_num + 1 - last_iter), now, iter_num + 1
-        left = (now - start) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
         if max_seconds:
             left = max_seconds - seconds
+        else:
+            left = (now - start) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
         tokens_per_second = micro_steps * world_size * batch_size * block_size / dt
         if master:
             print(

@@ -36,7 +36,7 @@ from x_transformers import Decoder, TransformerWrapper
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import ModelConfig, ParallelEncoderDecoder, gemm_peak  # noqa: E402
-from muon import Muon  # noqa: E402
+from muon import configure_optimizers  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 V, DEPTH, ROUNDS, THREADS = 65, 7, 6, 2  # the first round is not counted
@@ -89,28 +89,14 @@ def build(name: str, size: Size) -> tuple[nn.Module, Callable[[Tensor, Tensor], 
     return ours, lambda x, y: ours(x, y).loss
 
 
-def optimizers_of(model: nn.Module, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW, and with `muon` Muon for the matrices of the layers, as train.py sets them up."""
-    matrices = model.matrices() if muon else {}
-    by_muon = {id(p) for weights in matrices.values() for p in weights}
-    rest = [p for p in model.parameters() if id(p) not in by_muon]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)]
-    if muon:
-        optimizers.append(Muon([{"params": p, "rows": rows} for rows, p in matrices.items()]))
-    return optimizers
-
-
 def stepper(name: str, size: Size) -> tuple[nn.Module, Callable[[], None]]:
     """A new model, and a function that trains it for one step on a batch of random tokens."""
     torch.manual_seed(0)
     tokens = torch.randint(V, (size.B, size.T + 1))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     model, loss = build(name, size)
-    optimizers = optimizers_of(model, muon="Muon" in name)
+    adamw = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizers = configure_optimizers(model, adamw, {} if "Muon" in name else None)
     params = list(model.parameters())
 
     def step() -> None:

@@ -23,7 +23,6 @@ ROOT = HERE.parent.parent
 RESULTS = HERE / "results.jsonl"
 PATCHES = {
     "": "",
-    "quintic 5": "muon.COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5",
     "zero projections": "after_init(lambda n, p: p.zero_() if n.endswith(ENDS) else p)",
     "embeddings 0.1": "after_init(lambda n, p: p.normal_(std=0.1) if '_emb' in n else p)",
     "embeddings 0.6": "after_init(lambda n, p: p.normal_(std=0.6) if '_emb' in n else p)",
