@@ -256,7 +256,9 @@ def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
         settings = config.override(section, [str(path), f"--device={device}"])
         fields = {name: settings[name] for name in vars(ModelConfig()) if name in settings}
         sizes[path.stem] = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65)).num_params()
-    assert sizes["decoder_only"] == pytest.approx(sizes["shakespeare_char_dense"], rel=0.015)
+    # To the baseline's advantage, where they differ.
+    more = sizes["decoder_only"] / sizes["shakespeare_char_dense"]
+    assert 0.998 < more < 1.021
     assert sizes["canonical"] == pytest.approx(sizes["shakespeare_char_dense"], rel=0.02)
     assert sizes["shakespeare_char_dense"] < sizes["shakespeare_char"]
     assert sizes["shakespeare_char"] < 1.1 * sizes["shakespeare_char_dense"]
@@ -269,6 +271,8 @@ def test_the_dense_preset_is_the_main_job_without_experts():
     )
     for device in ("on_cuda", "on_cpu"):
         del main[device]["penalty_iters"]
+    for name in ("max_iters", "lr_decay_iters"):  # the same time
+        assert dense["on_cpu"].pop(name) > main["on_cpu"].pop(name)
     ours = {"n_expert", "l1_norm", "l1_weight", "penalty_schedule"}
     assert main.keys() - dense.keys() == ours and dense.keys() <= main.keys()
     assert {n for n in dense if main[n] != dense[n]} == {"out_dir", "wandb_run_name"}

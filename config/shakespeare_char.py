@@ -4,7 +4,7 @@
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
-eval_interval = 250
+eval_interval = 500
 always_save_checkpoint = False  # the small corpus invites overfitting: keep the best
 wandb_run_name = "shakespeare-char"
 
@@ -42,17 +42,18 @@ on_cpu = {
     "batch_size": 12,
     "n_layer": 2,
     "n_head": 2,
-    "n_embd": 96,
+    "n_embd": 64,
     "dropout": 0.0,
     "learning_rate": 1e-2,
     "lr_schedule": "linear",
     "min_lr": 0.0,
     "muon_momentum": 0.9,
     "beta2": 0.99,
+    "grad_clip": 0.0,
     "warmup_iters": 60,
-    "max_iters": 1215,
-    "lr_decay_iters": 1215,
-    "penalty_iters": 1215,
+    "max_iters": 2050,
+    "lr_decay_iters": 2050,
+    "penalty_iters": 2050,
     "eval_iters": 20,
     "compile": False,
 }

@@ -28,8 +28,11 @@ PATCHES = {
     "embeddings 0.6": "after_init(lambda n, p: p.normal_(std=0.6) if '_emb' in n else p)",
     "ln_out 0.1": "after_init(lambda n, p: p.fill_(0.1) if n == 'ln_out.weight' else p)",
     "ln_out 0.3": "after_init(lambda n, p: p.fill_(0.3) if n == 'ln_out.weight' else p)",
-    "no margin": "muon.COEFFICIENTS = muon.POLAR_EXPRESS",
-    "polar express 3, no margin": "muon.COEFFICIENTS = muon.POLAR_EXPRESS[:3]",
+    "no margin": "muon.COEFFICIENTS = four_steps",
+    "4 steps": "steps(*four_steps)",
+    "2 steps": "steps((7.711, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013))",
+    "matrices 0.05": "after_init(lambda n, p: p.mul_(2.5) if is_matrix(n, p) else p)",
+    "normuon": "normuon()",
     "router by adamw": "router_by_adamw()",
 }
 PRELUDE = """
@@ -43,6 +46,26 @@ def after_init(change):
             for name, p in self.named_parameters():
                 change(name, p)
     model.ParallelEncoderDecoder.init_weights = patched
+def is_matrix(name, p):
+    return p.dim() == 2 and "_emb" not in name and name != "w_in.weight"
+four_steps = (
+    (8.2872, -23.5959, 17.3004),
+    (4.1071, -2.9478, 0.5448),
+    (3.9487, -2.9089, 0.5518),
+    (3.3184, -2.4885, 0.5100),
+)
+def steps(*coefficients):
+    muon.COEFFICIENTS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in coefficients)
+def normuon():
+    orthogonalize, variance = muon.orthogonalize, {}
+    def patched(X):
+        tall = X.size(-2) > X.size(-1)
+        O = orthogonalize(X.mT).mT if tall else orthogonalize(X)
+        rows = O.square().mean(dim=-1, keepdim=True)
+        v = variance.setdefault(X.shape, torch.zeros_like(rows)).lerp_(rows, 0.05)
+        Y = O / (v.sqrt() + 1e-8)
+        return Y * (O.norm(dim=(-2, -1), keepdim=True) / Y.norm(dim=(-2, -1), keepdim=True))
+    muon.orthogonalize = patched
 def router_by_adamw():
     matrices = model.ParallelEncoderDecoder.matrices
     def patched(self):
