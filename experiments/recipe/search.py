@@ -35,10 +35,10 @@ PATCHES = {
     "pos_emb 0.1": "after_init(lambda n, p: p.div_(3) if 'pos_emb' in n else p)",
     "pos_emb 0.03": "after_init(lambda n, p: p.div_(10) if 'pos_emb' in n else p)",
     "pos_emb 0.6": "after_init(lambda n, p: p.mul_(2) if 'pos_emb' in n else p)",
-    "sinusoids 0.3": "after_init(lambda n, p: p.copy_(sinusoids(*p.shape)) if 'pos_emb' in n else p)",
-    "sinusoids 0.6": "after_init(lambda n, p: p.copy_(2 * sinusoids(*p.shape)) if 'pos_emb' in n else p)",
+    "sinusoids 0.3": "after_init(lambda n, p: sinusoids(p, 0.3) if 'pos_emb' in n else p)",
+    "sinusoids 0.6": "after_init(lambda n, p: sinusoids(p, 0.6) if 'pos_emb' in n else p)",
     "sinusoids 0.6, base 100": (
-        "after_init(lambda n, p: p.copy_(2 * sinusoids(*p.shape, 100)) if 'pos_emb' in n else p)"
+        "after_init(lambda n, p: sinusoids(p, 0.6, 100) if 'pos_emb' in n else p)"
     ),
     "normuon": "normuon()",
     "router by adamw": "router_by_adamw()",
@@ -54,9 +54,10 @@ def after_init(change):
             for name, p in self.named_parameters():
                 change(name, p)
     model.ParallelEncoderDecoder.init_weights = patched
-def sinusoids(T, C, base=10000):
+def sinusoids(p, rms, base=10000):
+    T, C = p.shape
     angles = torch.arange(T)[:, None] * base ** (-2 / C * torch.arange(C // 2))
-    return 0.3 * 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
+    p.copy_(rms * 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1))
 def is_matrix(name, p):
     return p.dim() == 2 and "_emb" not in name and name != "w_in.weight"
 four_steps = (
