@@ -47,7 +47,6 @@ on_cpu = {
     "learning_rate": 1e-2,
     "lr_schedule": "linear",
     "min_lr": 0.0,
-    "muon_learning_rate": 0.025,
     "muon_momentum": 0.9,
     "beta2": 0.99,
     "grad_clip": 0.0,
