@@ -149,19 +149,25 @@ class Projections(nn.Linear):
 class Attention(nn.Module):
     """Causal multi-head attention: x (B, T, C) attends to `memory` (B, T, C), or to itself."""
 
-    def __init__(self, config: ModelConfig, n_head: int):
+    def __init__(self, config: ModelConfig, n_head: int, cross: bool = False):
         super().__init__()
-        C = config.n_embd
+        C, bias = config.n_embd, config.bias
         self.n_head = n_head
-        self.query = nn.Linear(C, C, bias=config.bias)
-        self.key_value = Projections(C, (C, C), config.bias)
+        if cross:
+            self.query = nn.Linear(C, C, bias=bias)
+            self.key_value = Projections(C, (C, C), bias)
+        else:
+            self.query_key_value = Projections(C, (C, C, C), bias)
         self.proj = nn.Linear(C, C, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        k, v = self.key_value(x if memory is None else memory)
+        if memory is None:
+            q, k, v = self.query_key_value(x)
+        else:
+            q, (k, v) = self.query(x), self.key_value(memory)
         dropout = self.dropout.p if self.training else 0.0
-        return self.dropout(self.proj(attend(self.query(x), k, v, self.n_head, dropout)))
+        return self.dropout(self.proj(attend(q, k, v, self.n_head, dropout)))
 
 
 class Router(nn.Module):
@@ -298,7 +304,7 @@ class DecoderLayer(nn.Module):
             self.attention = None
         self.ln_memory = nn.LayerNorm(C, bias=bias)
         self.ln_cross = nn.LayerNorm(C, bias=bias)
-        self.cross_attention = Attention(config, config.n_cross_head or config.n_head)
+        self.cross_attention = Attention(config, config.n_cross_head or config.n_head, cross=True)
         self.lateral = nn.Linear(C, C, bias=bias) if config.lateral else None
         self.ln_ff = nn.LayerNorm(C, bias=bias)
         self.ff = FeedForward(config)

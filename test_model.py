@@ -113,11 +113,12 @@ def copy_linear(target, source, rows=slice(None)):
 
 def copy_attention(target, attention):
     """Our Attention into torch.nn.MultiheadAttention."""
-    C = attention.query.in_features
-    target.in_proj_weight[:C] = attention.query.weight
-    target.in_proj_weight[C:] = attention.key_value.weight
-    target.in_proj_bias[:C] = attention.query.bias
-    target.in_proj_bias[C:] = attention.key_value.bias
+    if hasattr(attention, "query_key_value"):
+        parts = [attention.query_key_value]
+    else:
+        parts = [attention.query, attention.key_value]
+    target.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+    target.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
     copy_linear(target.out_proj, attention.proj)
 
 
@@ -180,19 +181,14 @@ def test_decoder_only_equals_gpt2():
         copy_linear(block.ln_1, layer.ln_attention)
         copy_linear(block.ln_2, layer.ln_ff)
         attention = layer.attention
-        qkv = torch.cat([attention.query.weight, attention.key_value.weight])
-        for conv, weight, bias in (  # GPT-2's Conv1D holds its weight transposed
-            (
-                block.attn.c_attn,
-                qkv,
-                torch.cat([attention.query.bias, attention.key_value.bias]),
-            ),
-            (block.attn.c_proj, attention.proj.weight, attention.proj.bias),
-            (block.mlp.c_fc, layer.ff.w1.weight, layer.ff.w1.bias),
-            (block.mlp.c_proj, layer.ff.w2.weight, layer.ff.w2.bias),
+        for conv, linear in (  # GPT-2's Conv1D holds its weight transposed
+            (block.attn.c_attn, attention.query_key_value),
+            (block.attn.c_proj, attention.proj),
+            (block.mlp.c_fc, layer.ff.w1),
+            (block.mlp.c_proj, layer.ff.w2),
         ):
-            conv.weight.copy_(weight.T)
-            conv.bias.copy_(bias)
+            conv.weight.copy_(linear.weight.T)
+            conv.bias.copy_(linear.bias)
     idx = random_ids(3, 16)
     torch.testing.assert_close(all_logits(ours, idx), theirs(idx).logits, atol=1e-5, rtol=1e-5)
 
@@ -212,8 +208,11 @@ def reference_forward(model, idx):
         return x + w[f"{name}.bias"] if c.bias else x
 
     def attend(name, x, memory, n_head):
-        k, v = linear(f"{name}.key_value", memory).chunk(2, -1)
-        return linear(f"{name}.proj", attention(linear(f"{name}.query", x), k, v, n_head))
+        if f"{name}.query.weight" in w:  # cross-attention
+            q, (k, v) = linear(f"{name}.query", x), linear(f"{name}.key_value", memory).chunk(2, -1)
+        else:
+            q, k, v = linear(f"{name}.query_key_value", x).chunk(3, -1)
+        return linear(f"{name}.proj", attention(q, k, v, n_head))
 
     def attention(q, k, v, n_head):
         q, k, v = (t.reshape(*t.shape[:2], n_head, -1) for t in (q, k, v))

@@ -51,9 +51,9 @@ on_cpu = {
     "beta2": 0.99,
     "grad_clip": 0.0,
     "warmup_iters": 60,
-    "max_iters": 1900,
-    "lr_decay_iters": 1900,
-    "penalty_iters": 1900,
+    "max_iters": 2000,
+    "lr_decay_iters": 2000,
+    "penalty_iters": 2000,
     "eval_iters": 20,
     "compile": False,
 }
