@@ -1,14 +1,14 @@
 """How fast a training step is, beside the decoder-only baseline and two other libraries.
 
     pip install transformers x-transformers
-    python experiments/bench_training.py        about eight minutes on two cores
+    python experiments/bench_training.py        about ten minutes on two cores
 
 Prints a table per size and writes experiments/bench_training.json. All models have one width and
 as many heads, learn from one batch in float32 and take turns, so that all meet the same noise.
-Speed is relative to seven decoder-only layers, whose matrices three parallel layers match (28 C²
-a layer against 12 C²). The lateral variant has 25 C² a layer, which no shallow decoder-only model
-meets within 2 %: three are 6 % more than six layers and 9 % less than seven. So read its speed x
-parameters, relative to seven layers too; six layers show how far depth alone moves that figure.
+Speed is relative to the decoder-only model: seven layers, whose matrices three parallel layers
+match (28 C² a layer against 12 C²). The lateral variant has 25 C² a layer, which no shallow
+decoder-only model meets within 2 %: so there are deep models too, ten lateral layers beside 21
+decoder-only ones (250 C² and 252 C²), and in the other tables its speed x parameters to be read.
 
 The peers run in their fastest fair setting: fused attention, no dropout, the exact GELU in one
 call; x-transformers without biases and with a tied output, as ours. GPT-2 always has biases, and
@@ -39,7 +39,7 @@ from model import ModelConfig, ParallelEncoderDecoder, gemm_peak  # noqa: E402
 from muon import configure_optimizers  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
-V, DEPTH, ROUNDS, THREADS = 65, 7, 6, 2  # the first round is not counted
+V, ROUNDS, THREADS = 65, 6, 2  # the first round is not counted
 
 
 class Size(NamedTuple):
@@ -48,29 +48,40 @@ class Size(NamedTuple):
     B: int  # sequences in a batch
     heads: int
     steps: int  # in a round
+    depth: int = 7  # decoder-only layers
 
 
-SIZES = {"C=128": Size(128, 64, 12, 2, steps=10), "C=384": Size(384, 256, 8, 6, steps=1)}
+SIZES = {
+    "C=128": Size(128, 64, 12, 2, steps=10),
+    "C=384": Size(384, 256, 8, 6, steps=1),
+    "C=128, deep": Size(128, 64, 12, 2, steps=4, depth=21),
+}
 EXPERTS = dict(n_expert=16, l1_norm="squared", l1_weight=0.05)
 LATERAL = dict(lateral=True, decoder_self_attention=False)
-BASELINE, GPT2, X = "decoder-only, 7 layers", "Hugging Face GPT-2", "x-transformers"
+BASELINE, GPT2, X = "decoder-only", "Hugging Face GPT-2", "x-transformers"
 OURS = {  # the rest of the names are peers
-    "parallel, 3 layers": dict(n_layer=3),
-    "parallel, 16 experts": dict(n_layer=3, **EXPERTS),
-    "parallel, lateral, no decoder self-attention": dict(n_layer=3, **LATERAL),
-    BASELINE: dict(arch="decoder_only", n_layer=DEPTH),
-    "decoder-only, 6 layers": dict(arch="decoder_only", n_layer=6),
-    "parallel, 3 layers, Muon": dict(n_layer=3),
-    f"{BASELINE}, Muon": dict(arch="decoder_only", n_layer=DEPTH),
+    "parallel": {},
+    "parallel, 16 experts": EXPERTS,
+    "parallel, lateral, no decoder self-attention": LATERAL,
+    BASELINE: dict(arch="decoder_only"),
+    "parallel, Muon": {},
+    f"{BASELINE}, Muon": dict(arch="decoder_only"),
 }
 NAMES = (*OURS, GPT2, X)
 
 
+def n_layer(name: str, size: Size) -> int:
+    """The layers that have as many matrices as `depth` decoder-only ones, rounded."""
+    if name.startswith("parallel"):
+        return round(size.depth * 12 / (25 if "lateral" in name else 28))
+    return size.depth
+
+
 def build(name: str, size: Size) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     """The model, and its loss as a function of inputs and targets (B, T)."""
-    C, T, _, heads, _ = size
+    C, T, heads, depth = size.C, size.T, size.heads, n_layer(name, size)
     if name == GPT2:
-        sizes = dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=DEPTH, n_head=heads)
+        sizes = dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=depth, n_head=heads)
         no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         # Its default, gelu_new, is eight operations, slower than this one.
         faster = dict(activation_function="gelu", attn_implementation="sdpa", use_cache=False)
@@ -80,12 +91,12 @@ def build(name: str, size: Size) -> tuple[nn.Module, Callable[[Tensor, Tensor], 
         return gpt2, lambda x, y: gpt2(x, labels=x).loss
     if name == X:
         attention = dict(heads=heads, attn_dim_head=C // heads, attn_flash=True)
-        layers = Decoder(dim=C, depth=DEPTH, ff_no_bias=True, **attention)
+        layers = Decoder(dim=C, depth=depth, ff_no_bias=True, **attention)
         sizes = dict(num_tokens=V, max_seq_len=T)
         wrapper = TransformerWrapper(**sizes, attn_layers=layers, tie_embedding=True)
         return wrapper, lambda x, y: F.cross_entropy(wrapper(x).flatten(0, 1), y.flatten())
-    config = ModelConfig(block_size=T, vocab_size=V, n_head=heads, n_embd=C, **OURS[name])
-    ours = ParallelEncoderDecoder(config)
+    sizes = dict(vocab_size=V, block_size=T, n_embd=C, n_layer=depth, n_head=heads)
+    ours = ParallelEncoderDecoder(ModelConfig(**sizes, **OURS[name]))
     return ours, lambda x, y: ours(x, y).loss
 
 
@@ -160,6 +171,7 @@ def measure(size: Size) -> tuple[float, dict[str, dict]]:
         pairs = zip(seconds[BASELINE][1:], seconds[name][1:], strict=True)
         speed = statistics.median(baseline / own for baseline, own in pairs)
         rows[name] = {
+            "layers": n_layer(name, size),
             "parameters": num_params(model),
             "ms": median * 1000,
             "tokens_per_second": size.B * size.T / median,
@@ -180,11 +192,11 @@ def main() -> None:
             row["peak_memory_mib"] = peak_memory(name, key)
         results[key] = {**size._asdict(), "gemm_peak": peak, "models": rows}
         print(f"\n{key}, T={size.T}, batch {size.B}, GEMM peak {peak / 1e9:.0f} GFLOP/s\n")
-        columns = "model | parameters | ms a step | tokens/s | speed | speed x parameters"
-        print(f"| {columns} | of GEMM peak | MiB |\n| --- {'| ---: ' * 7}|")
+        columns = "model | layers | parameters | ms a step | tokens/s | speed | speed x parameters"
+        print(f"| {columns} | of GEMM peak | MiB |\n| --- {'| ---: ' * 8}|")
         for name, row in rows.items():
             print(
-                f"| {name} | {row['parameters']:,} | {row['ms']:.1f} "
+                f"| {name} | {row['layers']} | {row['parameters']:,} | {row['ms']:.1f} "
                 f"| {row['tokens_per_second']:,.0f} | {row['speed']:.3f} "
                 f"| {row['speed_x_parameters']:.3f} | {row['share_of_gemm_peak']:.0%} "
                 f"| {row['peak_memory_mib'] or float('nan'):.0f} |",
