@@ -128,22 +128,70 @@ class Mask(NamedTuple):
     r: Tensor  # as used, rounded
 
 
+class Cache:
+    """Keys and values of the tokens read so far, of every attention, to generate `batch` texts.
+
+    Each attention's buffer (batch, block_size, D) is allocated once, then written in place;
+    `length` tokens are in it. With length 0 new texts start; one row then serves all of them.
+    """
+
+    def __init__(self, batch: int, block_size: int):
+        self.batch, self.block_size, self.length = batch, block_size, 0
+        self.buffers: dict[Any, Tensor] = {}
+
+    def extend(self, owner: Any, new: Tensor) -> Tensor:
+        """Writes new (B, T, D) behind the owner's earlier ones, and gives all, (B, S, D)."""
+        if owner not in self.buffers:
+            self.buffers[owner] = new.new_empty(self.batch, self.block_size, new.size(2))
+        buffer, T = self.buffers[owner], new.size(1)
+        buffer.narrow(1, self.length, T).copy_(new)
+        return new if self.length == 0 else buffer.narrow(1, 0, self.length + T)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. On a CPU one row is multiplied by a piece of a large weight on each thread, since
+    BLAS uses one thread for it: 19 instead of 13 GB/s on two cores."""
+    one_row = x.numel() == x.size(-1) and weight.numel() >= 2**17 and weight.device.type == "cpu"
+    if not one_row or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    n = min(torch.get_num_threads(), len(weight) // 64)  # pieces
+    if n < 2:
+        return F.linear(x, weight, bias)
+    rows = len(weight) // n * n
+    pieces = weight[:rows].view(n, -1, weight.size(1)).mT
+    y = torch.bmm(x.reshape(1, 1, -1).expand(n, -1, -1), pieces).view(*x.shape[:-1], -1)
+    y = y if rows == len(weight) else torch.cat([y, F.linear(x, weight[rows:])], dim=-1)
+    return y if bias is None else y + bias
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
-    """Causal multi-head attention; q, k (B, T, Dk) and v (B, T, Dv) to (B, T, Dv)."""
-    q, k, v = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    """Causal multi-head attention; q (B, T, Dk), k (B, S, Dk) and v (B, S, Dv) to (B, T, Dv).
+
+    The T queries are those of all S tokens, or of the last one alone.
+    """
+    q, k, v = (t.view(*t.shape[:2], n_head, -1).transpose(1, 2) for t in (q, k, v))
+    causal = q.size(2) > 1  # the last token may look at all
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     return y.transpose(1, 2).flatten(2)
 
 
 class Projections(nn.Linear):
-    """Several projections as one matrix product: x (..., C) to a tensor (..., n) for each n."""
+    """Queries, where asked for, keys and values as one matrix product: x (B, T, C) to a tensor
+    (B, T, n) for each n of `sizes`. With a cache the keys and values are those of all S tokens.
+    """
 
     def __init__(self, n_embd: int, sizes: Sequence[int], bias: bool):
         super().__init__(n_embd, sum(sizes), bias=bias)
         self.sizes = tuple(sizes)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(x).split(self.sizes, dim=-1)
+    def forward(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, ...]:
+        y = linear(x, self.weight, self.bias)
+        if cache is None:
+            return torch.split_with_sizes(y, self.sizes, dim=-1)
+        *queries, keys, values = self.sizes
+        y, key_value = torch.split_with_sizes(y, (sum(queries), keys + values), dim=-1)
+        k, v = torch.split_with_sizes(cache.extend(self, key_value), (keys, values), dim=-1)
+        return (y, k, v) if queries else (k, v)
 
 
 class Attention(nn.Module):
@@ -161,11 +209,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         if memory is None:
-            q, k, v = self.query_key_value(x)
+            q, k, v = self.query_key_value(x, cache)
         else:
-            q, (k, v) = self.query(x), self.key_value(memory)
+            q, (k, v) = self.query(x), self.key_value(memory, cache)
         dropout = self.dropout.p if self.training else 0.0
         return self.dropout(self.proj(attend(q, k, v, self.n_head, dropout)))
 
@@ -183,9 +233,9 @@ class Router(nn.Module):
         self.query_key_value = Projections(config.n_embd, (keys, keys, values), config.bias)
         self.shift = nn.Parameter(torch.empty(values))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         x = x.detach() if self.config.router_detach else x
-        q, k, v = self.query_key_value(x)
+        q, k, v = self.query_key_value(x, cache)
         A = attend(q, k, v, self.config.router_n_head)
         return 0.5 * torch.cos(A + self.shift) + 0.5
 
@@ -205,23 +255,83 @@ class FeedForward(nn.Module):
         own_router = config.n_expert > 0 and config.router_input == "hidden"
         self.router = Router(config) if own_router else None
 
-    def forward(self, x: Tensor, m: Tensor | None = None) -> tuple[Tensor, Mask | None]:
-        hidden = F.gelu(self.w1(x))
+    def forward(
+        self, x: Tensor, m: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Mask | None]:
         if self.router is not None:
-            m = self.router(x)
+            m = self.router(x, cache)
         if m is None:
-            return self.dropout(self.w2(hidden)), None
+            return self.dropout(self.w2(F.gelu(self.w1(x)))), None
         r = round_mask(m, self.config.rounding, self.config.rounding_scale, self.training)
+        if not self.training and self.sparse_pays(r):
+            return self.sparse(x, r), Mask(m, r)
+        hidden = F.gelu(self.w1(x))
         if self.config.expert_site == "hidden":
             y = self.w2(apply_mask(hidden, r))
         else:
             y = apply_mask(self.w2(hidden), r)
         return self.dropout(y), Mask(m, r)
 
+    def sparse_pays(self, r: Tensor) -> bool:
+        """Whether `sparse` is faster on a CPU, by what was measured (README, Speed of drawing):
+        weights cost 15 % more than in one product, and an expert as much as reading 240,000 weights
+        where there is one token, or as 9 million multiplications.
+        """
+        G, tokens = r.size(-1), r.numel() // r.size(-1)
+        each = 2 * self.w1.weight.numel() // G  # weights of an expert
+        dense, overhead = tokens * G * each, 240_000 if tokens == 1 else 9_000_000
+        hidden, on_cpu = self.config.expert_site == "hidden", r.device.type == "cpu"
+        if not hidden or not on_cpu or overhead > dense or torch.compiler.is_compiling():
+            return False
+        on = int(r.sum())
+        return 1.15 * on * each + min(on, G) * overhead < dense
+
+    def sparse(self, x: Tensor, r: Tensor) -> Tensor:
+        """The same in evaluation, with no work for experts that are off; r (B, T, G) is 0 or 1.
+
+        Several tokens are grouped by expert. For a single one the weights of experts at even
+        distances are a view, hence one batched product, which runs on all threads.
+        """
+        tokens, r, G = x.flatten(0, 1), r.flatten(0, 1), r.size(-1)
+        w1 = self.w1.weight.unflatten(0, (G, -1)).mT  # (G, C, n)
+        w2 = self.w2.weight.unflatten(1, (G, -1)).permute(1, 2, 0)  # (G, n, C)
+        b1 = None if self.w1.bias is None else self.w1.bias.unflatten(0, (G, 1, -1))
+        y = torch.zeros_like(tokens) if self.w2.bias is None else self.w2.bias.repeat(len(r), 1)
+        used = [g for g, on in enumerate(r.amax(dim=0).tolist()) if on]
+        if len(r) == 1 and used:
+            if not isinstance(self, nn.Module):  # but a copy without hooks, for this text alone:
+                if "w2" not in self.cached:  # in one piece an expert's weights are read faster
+                    self.cached["w2"] = w2.contiguous()
+                w2 = self.cached["w2"]
+            runs = [(some, w1[some]) for some in evenly_spaced(used)]
+            hidden = torch.cat([torch.bmm(tokens.expand(len(w), 1, -1), w) for _, w in runs])
+            hidden = F.gelu(hidden if b1 is None else hidden + b1[used])  # (experts, 1, n)
+            hidden = hidden.split([len(w) for _, w in runs])
+            written = [torch.bmm(h, w2[some]) for h, (some, _) in zip(hidden, runs, strict=True)]
+            return (y + torch.cat(written).sum(dim=0)).view_as(x)
+        for g in used:
+            rows = r[:, g].nonzero().flatten()
+            hidden = tokens[rows] @ w1[g]
+            hidden = F.gelu(hidden if b1 is None else hidden + b1[g])
+            y.index_add_(0, rows, (hidden @ w2[g]).to(y.dtype))
+        return y.view_as(x)
+
+
+def evenly_spaced(numbers: list[int]) -> Iterator[slice]:
+    """Cuts ascending numbers into runs at even distances, as slices: 1 2 3 7 9 to 1:4:1, 7:10:2."""
+    while numbers:
+        first, step, end = numbers[0], 1, 1
+        if len(numbers) > 1:
+            step = numbers[1] - first
+            while end < len(numbers) and numbers[end] == first + end * step:
+                end += 1
+        yield slice(first, numbers[end - 1] + 1, step)
+        numbers = numbers[end:]
+
 
 def apply_mask(x: Tensor, r: Tensor) -> Tensor:
     """x (B, T, D) times r (B, T, G), each mask value on its group of D / G neighbours."""
-    return (x.unflatten(-1, (r.size(-1), -1)) * r.to(x.dtype)[..., None]).flatten(-2)
+    return (x.view(*r.shape, -1) * r.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
 
 def round_mask(m: Tensor, rounding: str, scale: float, training: bool) -> Tensor:
@@ -284,9 +394,11 @@ class EncoderLayer(nn.Module):
         self.ln_ff = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.ff = FeedForward(config)
 
-    def forward(self, x: Tensor, m: Tensor | None = None) -> tuple[Tensor, Mask | None]:
-        x = x + self.attention(self.ln_attention(x))
-        y, mask = self.ff(self.ln_ff(x), m)
+    def forward(
+        self, x: Tensor, m: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Mask | None]:
+        x = x + self.attention(self.ln_attention(x), cache=cache)
+        y, mask = self.ff(self.ln_ff(x), m, cache)
         return x + y, mask
 
 
@@ -309,19 +421,21 @@ class DecoderLayer(nn.Module):
         self.ln_ff = nn.LayerNorm(C, bias=bias)
         self.ff = FeedForward(config)
 
-    def forward(self, d: Tensor, e: Tensor, m: Tensor | None = None) -> tuple[Tensor, Mask | None]:
+    def forward(
+        self, d: Tensor, e: Tensor, m: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Mask | None]:
         memory = self.ln_memory(e)
         if self.cross_first:
-            d = self._read(d, memory)
+            d = self._read(d, memory, cache)
         if self.attention is not None:
-            d = d + self.attention(self.ln_attention(d))
+            d = d + self.attention(self.ln_attention(d), cache=cache)
         if not self.cross_first:
-            d = self._read(d, memory)
-        y, mask = self.ff(self.ln_ff(d), m)
+            d = self._read(d, memory, cache)
+        y, mask = self.ff(self.ln_ff(d), m, cache)
         return d + y, mask
 
-    def _read(self, d: Tensor, memory: Tensor) -> Tensor:
-        d = d + self.cross_attention(self.ln_cross(d), memory)
+    def _read(self, d: Tensor, memory: Tensor, cache: Cache | None) -> Tensor:
+        d = d + self.cross_attention(self.ln_cross(d), memory, cache)
         return d if self.lateral is None else d + self.lateral(memory)
 
 
@@ -387,24 +501,28 @@ class ParallelEncoderDecoder(nn.Module):
         if self.config.arch == "parallel":
             nn.init.eye_(self.w_in.weight)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> ModelOutput:
         """Reads idx (B, T), T ≤ block_size; targets (B, T) are token ids, -1 where not counted.
 
-        Raises ValueError for a sequence that is too long and, on a CPU, for ids outside the
+        With a cache that holds tokens already, idx (B, 1) is the token that follows them. Raises
+        ValueError for shapes that do not fit and, where a text starts on a CPU, for ids outside the
         vocabulary.
         """
-        self._check(idx, targets)
-        emb, e, d, masks = self.stacks(idx)
+        self._check(idx, targets, cache)
+        past = 0 if cache is None else cache.length
+        emb, e, d, masks = self.stacks(idx, cache)
         out = self.ln_out(d)
         if self.config.next_position == "subtract":
-            out = out - self.pos_emb.weight[1 : idx.size(1) + 1]
+            out = out - self.pos_emb.weight[past + 1 : past + idx.size(1) + 1]
         if targets is None:
-            return ModelOutput(F.linear(out[:, -1:], self.tok_emb.weight), None, {})
+            return ModelOutput(linear(out[:, -1:], self.tok_emb.weight), None, {})
         logits = F.linear(out, self.tok_emb.weight)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         metrics = {"cross_entropy": loss.detach()}
         if self.config.n_expert > 0:
-            stats = mask_statistics(masks, self.config.l1_norm)
+            stats = mask_statistics(self.stack_masks(masks), self.config.l1_norm)
             stats = {name: per_block.mean() for name, per_block in stats.items()}
             penalties = torch.stack([stats["entropy"], stats["l1"]])
             loss = loss + (self.penalty_weights * penalties).sum()
@@ -416,34 +534,41 @@ class ParallelEncoderDecoder(nn.Module):
             metrics["encoder_loss"] = encoder_loss.detach()
         return ModelOutput(logits, loss, metrics)
 
-    def stacks(self, idx: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Mask | None]:
-        """E, e_L and d_L of idx (B, T), each (B, T, C), and the Mask (L, stacks, B, T, G).
-
-        e_L is None in the decoder-only model, the mask where there are no experts.
+    def stacks(
+        self, idx: Tensor, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, list[Mask | None]]:
+        """E, e_L and d_L of idx (B, T), each (B, T, C), and the masks, layer by layer, the
+        encoder's first; None for a block without experts, and e_L is None in the decoder-only
+        model. The cache, where there is one, takes in what was read.
         """
-        T, parallel = idx.size(1), self.config.arch == "parallel"
-        emb = self.dropout(self.tok_emb(idx) + self.pos_emb.weight[:T])
+        parallel, past = self.config.arch == "parallel", 0 if cache is None else cache.length
+        end = past + idx.size(1)
+        emb = self.dropout(self.tok_emb(idx) + self.pos_emb.weight[past:end])
         e, d = (emb, self.w_in(emb)) if parallel else (None, emb)
         if self.config.next_position == "add":
-            d = d + self.pos_emb.weight[1 : T + 1]
-        masks = []  # of each block, layer by layer
+            d = d + self.pos_emb.weight[past + 1 : end + 1]
+        masks = []
         given = repeat(None)
         if self.router is not None:
-            given = iter(self.router(emb).split(self.config.n_expert, dim=-1))
+            given = iter(self.router(emb, cache).split(self.config.n_expert, dim=-1))
         if parallel:
             for encoder_layer, decoder_layer in zip(self.encoder, self.decoder, strict=True):
-                e, mask_e = encoder_layer(e, next(given))
-                d, mask_d = decoder_layer(d, e, next(given))
+                e, mask_e = encoder_layer(e, next(given), cache)
+                d, mask_d = decoder_layer(d, e, next(given), cache)
                 masks += [mask_e, mask_d]
         else:
             for layer in self.decoder:
-                d, mask = layer(d, next(given))
+                d, mask = layer(d, next(given), cache)
                 masks.append(mask)
-        if self.config.n_expert == 0:
-            return emb, e, d, None
+        if cache is not None:
+            cache.length = end
+        return emb, e, d, masks
+
+    def stack_masks(self, masks: list[Mask]) -> Mask:
+        """The masks of all blocks, as `stacks` gives them, as one, each (L, stacks, B, T, G)."""
         m, r = map(torch.stack, zip(*masks, strict=True))
         shape = (self.config.n_layer, -1)
-        return emb, e, d, Mask(m.unflatten(0, shape), r.unflatten(0, shape))
+        return Mask(m.unflatten(0, shape), r.unflatten(0, shape))
 
     @torch.no_grad()
     def expert_masks(self, idx: Tensor, rounded: bool = True) -> Tensor:
@@ -457,15 +582,27 @@ class ParallelEncoderDecoder(nn.Module):
         training = self.training
         self.eval()
         try:
-            mask = self.stacks(idx)[-1]
+            mask = self.stack_masks(self.stacks(idx)[-1])
         finally:
             self.train(training)
         return mask.r if rounded else mask.m
 
-    def _check(self, idx: Tensor, targets: Tensor | None) -> None:
-        if idx.dim() != 2 or not 1 <= idx.size(1) <= self.config.block_size:
-            allowed = f"(B, T) with 1 ≤ T ≤ block_size={self.config.block_size}"
-            raise ValueError(f"idx has the shape {tuple(idx.shape)}: must be {allowed}")
+    def _check(self, idx: Tensor, targets: Tensor | None, cache: Cache | None = None) -> None:
+        block_size, shape = self.config.block_size, tuple(idx.shape)
+        if idx.dim() != 2 or not 1 <= idx.size(1) <= block_size:
+            allowed = f"(B, T) with 1 ≤ T ≤ block_size={block_size}"
+            raise ValueError(f"idx has the shape {shape}: must be {allowed}")
+        if cache is not None:
+            if targets is not None:
+                raise ValueError("targets: must be None with a cache, which is for generation")
+            B, room = cache.batch, min(cache.block_size, block_size) - cache.length
+            if cache.length and (shape != (B, 1) or room < 1):
+                allowed = f"({B}, 1) behind the {cache.length} tokens of the cache, of {block_size}"
+                raise ValueError(f"idx has the shape {shape}: must be {allowed}")
+            if shape[0] not in (1, B) or shape[1] > room:
+                raise ValueError(f"idx has the shape {shape}: must fit a cache of ({B}, {room})")
+            if cache.length:
+                return  # what comes token by token is the model's own
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets has the shape {tuple(targets.shape)}: must be as idx")
         if torch.compiler.is_compiling() or idx.is_cuda:
@@ -509,33 +646,99 @@ class ParallelEncoderDecoder(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        use_cache: bool = True,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continues idx (B, T) by sampling: (B, T + max_new_tokens).
 
-        The window that the model reads moves by half a block when it is full. Arguments and
-        ValueErrors as `sample_token` has them.
+        The window that the model reads moves by half a block when it is full. The generator, or
+        torch's own, gives max_new_tokens numbers for the first row, then for the next. Without the
+        cache the text is the same, and takes longer. Other arguments, and ValueErrors, as
+        `sample_token` has them.
         """
-        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        how |= dict(use_cache=use_cache, generator=generator)
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **how)], dim=1)
 
     @torch.inference_mode()
-    def stream(self, idx: Tensor, max_new_tokens: int, **how: Any) -> Iterator[Tensor]:
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+        **how: Any,
+    ) -> Iterator[Tensor]:
         """What `generate` adds to idx, token by token as it comes: (B, 1), max_new_tokens times."""
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must not be negative")
-        if idx.dim() != 2 or idx.size(1) == 0:
-            raise ValueError(f"idx has the shape {tuple(idx.shape)}: must be (B, T) with T ≥ 1")
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise ValueError(
+                f"idx has the shape {tuple(idx.shape)}: must be (B, T), at least (1, 1)"
+            )
+        B, T = idx.shape
+        device = idx.device if generator is None else generator.device
+        draws = [torch.rand(max_new_tokens, generator=generator, device=device) for _ in range(B)]
+        draws = torch.stack(draws).to(idx.device)
+        text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
+        block_size, start = self.config.block_size, -1
+        cache = Cache(B, min(block_size, T + max_new_tokens)) if use_cache else None
         training = self.training
         self.eval()
         try:
-            for _ in range(max_new_tokens):
-                logits = self(idx[:, window_start(idx.size(1), self.config.block_size) :]).logits
-                token = sample_token(logits[:, -1], **how)
-                idx = torch.cat([idx, token], dim=1)
+            model = without_hooks(self) if use_cache else self
+            for end in range(T, T + max_new_tokens):
+                before, start = start, window_start(end, block_size)
+                if cache is None:
+                    logits = model(text[:, start:end]).logits
+                elif start == before:  # decode: the newest token alone
+                    logits = model(text[:, end - 1 : end], cache=cache).logits
+                else:  # prefill: the prompt, later a window that has moved
+                    cache.length, window = 0, text[:, start:end]
+                    alike = bool((window == window[:1]).all())  # then one row stands for all
+                    logits = model(window[:1] if alike else window, cache=cache).logits
+                    logits = logits.expand(B, -1, -1)
+                token = sample_token(logits[:, -1], draws[:, end - T], **how)
+                text[:, end : end + 1] = token
                 yield token
         finally:
             self.train(training)
+
+
+def without_hooks(module: nn.Module) -> Any:
+    """A plain object with the weights and the code of a module of this file, for evaluation.
+
+    To read one token, the calls and look-ups of nn.Module take longer than the arithmetic. A model
+    that has hooks, or modules of other classes, comes back as it is.
+    """
+    for m in module.modules():
+        if type(m) not in STOCK or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
+            return module
+    return plain_copy(module, {})
+
+
+STOCK = {
+    ParallelEncoderDecoder, EncoderLayer, DecoderLayer, Attention, Router, FeedForward, Projections,
+    nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList,
+}  # fmt: skip
+
+
+def plain_copy(module: nn.Module, classes: dict[type, type]) -> Any:
+    if isinstance(module, nn.ModuleList):
+        return [plain_copy(child, classes) for child in module]
+    if isinstance(module, nn.Dropout):
+        return lambda x: x
+    cls = type(module)
+    if cls not in classes:
+        call = cls.forward
+        if cls is nn.Linear:
+            call = lambda self, x: linear(x, self.weight, self.bias)  # noqa: E731
+        classes[cls] = type(cls.__name__, (), {**vars(cls), "__call__": call})
+    plain = object.__new__(classes[cls])
+    vars(plain).update(vars(module) | module._parameters | module._buffers)
+    children = {name: plain_copy(child, classes) for name, child in module.named_children()}
+    vars(plain).update(children, cached={})
+    return plain
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEncoderDecoder, dict]:
@@ -589,15 +792,16 @@ def window_start(length: int, block_size: int) -> int:
 
 def sample_token(
     logits: Tensor,
+    draw: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws one token (B, 1) from logits (B, V).
+    """The token (B, 1) of logits (B, V) that the numbers `draw` (B,), uniform in [0, 1), choose.
 
     Temperature 0 is greedy; `top_k` keeps the k likeliest tokens, `top_p` the fewest tokens that
-    hold the probability p. Raises ValueError for an argument out of range.
+    hold the probability p. Raises ValueError for an argument out of range, and for logits that
+    are NaN or infinite.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: must be finite and not negative")
@@ -605,18 +809,24 @@ def sample_token(
         raise ValueError(f"top_k={top_k}: must be at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be in (0, 1], or None for all tokens")
+    if not logits.amax(dim=-1).isfinite().all():
+        raise ValueError("the logits are not finite, hence some of the model's weights")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(dim=-1)
     if top_p is not None and top_p < 1:
-        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p  # what comes before it holds p already
-        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+        ordered, order = probs.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # what comes before it holds p already
+        probs = probs.masked_fill(beyond.gather(-1, order.argsort(-1)), 0.0)
+    float64 = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has none
+    total = probs.cumsum(dim=-1, dtype=float64)
+    below_one = 1 - 2**-22  # or a draw near 1, rounded, could fall beyond the last token
+    return torch.searchsorted(total, draw[:, None] * total[:, -1:] * below_one, right=True)
 
 
 @cache

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import model as model_file
 from model import (
     Attention,
+    Cache,
     DecoderLayer,
     EncoderLayer,
     FeedForward,
@@ -26,12 +27,15 @@ from model import (
     apply_mask,
     encoder_loss_of,
     entropy,
+    evenly_spaced,
     l1,
+    linear,
     mask_statistics,
     penalty_growth,
     round_mask,
     sample_token,
     window_start,
+    without_hooks,
 )
 
 torch.set_num_threads(1)  # the tensors are small, and the cores may be shared
@@ -181,14 +185,14 @@ def test_decoder_only_equals_gpt2():
         copy_linear(block.ln_1, layer.ln_attention)
         copy_linear(block.ln_2, layer.ln_ff)
         attention = layer.attention
-        for conv, linear in (  # GPT-2's Conv1D holds its weight transposed
+        for conv, module in (  # GPT-2's Conv1D holds its weight transposed
             (block.attn.c_attn, attention.query_key_value),
             (block.attn.c_proj, attention.proj),
             (block.mlp.c_fc, layer.ff.w1),
             (block.mlp.c_proj, layer.ff.w2),
         ):
-            conv.weight.copy_(linear.weight.T)
-            conv.bias.copy_(linear.bias)
+            conv.weight.copy_(module.weight.T)
+            conv.bias.copy_(module.bias)
     idx = random_ids(3, 16)
     torch.testing.assert_close(all_logits(ours, idx), theirs(idx).logits, atol=1e-5, rtol=1e-5)
 
@@ -520,7 +524,7 @@ def test_penalties_keep_their_precision_under_autocast():
     model, idx = build({"n_expert": 8}).train(), random_ids(2, 16)
     model.penalty_weights.copy_(torch.tensor([0.0185, 0.037]))
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.stacks(idx)[-1].m.dtype == torch.float32
+        assert model.stacks(idx)[-1][0].m.dtype == torch.float32
         loss, metrics = model(idx, idx)[1:]
     extra = 0.0185 * metrics["entropy"] + 0.037 * metrics["l1"]
     assert (loss - metrics["cross_entropy"]).item() == pytest.approx(extra.item(), abs=1e-6)
@@ -669,7 +673,7 @@ def test_a_detached_router_sends_nothing_to_its_input():
             fields = dict(n_expert=8, router_input=router_input, router_detach=detach)
             fields |= dict(arch="decoder_only", n_layer=1, l1_weight=1.0)
             model, idx = build(fields).train(), random_ids(2, 16)
-            stats = mask_statistics(model.stacks(idx)[-1], "linear")
+            stats = mask_statistics(model.stack_masks(model.stacks(idx)[-1]), "linear")
             stats["l1"].sum().backward()
             reached = model.pos_emb.weight.grad is not None and model.pos_emb.weight.grad.any()
             assert bool(reached) is not detach
@@ -719,9 +723,10 @@ def test_a_model_without_experts_has_no_masks():
 
 
 @every_variant
-def test_greedy_generation_is_the_argmax_of_the_window(fields):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_is_the_argmax_of_the_window(fields, use_cache):
     model, text = build(fields), random_ids(2, 3)
-    out = model.generate(text, 30, temperature=0)
+    out = model.generate(text, 30, temperature=0, use_cache=use_cache)
     for _ in range(30):  # block 16, moved by 8: the window holds 9 to 16 tokens once it is full
         start = 0
         while text.size(1) - start > 16:
@@ -729,6 +734,220 @@ def test_greedy_generation_is_the_argmax_of_the_window(fields):
         logits = reference_forward(model, text[:, start:])[:, -1]
         text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(out, text)
+
+
+@every_variant
+@pytest.mark.parametrize("batch", [1, 10])
+def test_cached_logits_are_those_of_the_whole_text(fields, batch):
+    model, text, cache = build(fields), random_ids(batch, 16), Cache(batch, 16)
+    expected = all_logits(model, text)
+    with torch.inference_mode():
+        for start, end in [(0, 5), *((t, t + 1) for t in range(5, 16))] * 2:
+            if start == 0:
+                cache.length = 0  # as when the window moves: old entries are still there
+            logits = model(text[:, start:end], cache=cache).logits
+            torch.testing.assert_close(logits[:, 0], expected[:, end - 1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_is_allocated_once():
+    model, cache = build({"n_expert": 8, "n_layer": 1}), Cache(3, 16)
+    model(random_ids(3, 7), cache=cache)
+    places = [buffer.data_ptr() for buffer in cache.buffers.values()]
+    shapes = sorted(tuple(buffer.shape) for buffer in cache.buffers.values())
+    assert shapes == [(3, 16, 24)] * 2 + [(3, 16, 48)] * 3  # of two routers, 16 + 8; 24 + 24
+    while cache.length < 16:
+        model(random_ids(3, 1), cache=cache)
+    assert [buffer.data_ptr() for buffer in cache.buffers.values()] == places
+
+
+def test_what_does_not_fit_a_cache():
+    model, cache = build(), Cache(3, 16)
+    with pytest.raises(ValueError, match=r"shape \(2, 4\): must fit a cache of \(3, 16\)"):
+        model(random_ids(2, 4), cache=cache)
+    with pytest.raises(ValueError, match="targets: must be None with a cache"):
+        model(random_ids(3, 4), random_ids(3, 4), cache=cache)
+    model(random_ids(3, 15), cache=cache)
+    for shape in ((3, 2), (1, 1)):
+        with pytest.raises(ValueError, match=r"must be \(3, 1\) behind the 15 tokens of the cache"):
+            model(random_ids(*shape), cache=cache)
+    model(random_ids(3, 1), cache=cache)
+    with pytest.raises(ValueError, match=r"must be \(3, 1\) behind the 16 tokens of the cache"):
+        model(random_ids(3, 1), cache=cache)
+
+
+def test_one_prompt_is_read_once(monkeypatch):
+    model, prompt = build(), random_ids(1, 5)
+    rows, stacks = [], ParallelEncoderDecoder.stacks
+    spy = lambda self, idx, cache: rows.append(idx.shape) or stacks(self, idx, cache)  # noqa: E731
+    monkeypatch.setattr(ParallelEncoderDecoder, "stacks", spy)
+    out = model.generate(prompt.expand(4, -1), 3, temperature=0)
+    assert rows == [(1, 5), (4, 1), (4, 1)]
+    assert torch.equal(out, model.generate(prompt, 3, temperature=0).expand(4, -1))
+
+
+def test_a_row_is_drawn_the_same_whatever_is_beside_it():
+    model = build()
+
+    def draw(batch):
+        generator = torch.Generator().manual_seed(0)
+        return model.generate(random_ids(1, 4).expand(batch, -1), 40, generator=generator)
+
+    assert torch.equal(draw(1)[0], draw(3)[0]) and torch.equal(draw(3)[2], draw(10)[2])
+    assert not torch.equal(draw(3)[0], draw(3)[1])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (10, 1), (2, 16)])
+@torch.no_grad()
+def test_sparse_experts_equal_the_masked_product(share, bias, shape):
+    torch.manual_seed(0)
+    ff = FeedForward(ModelConfig(**SMALL, n_expert=16, bias=bias)).eval()
+    for p in ff.parameters():
+        p.add_(torch.randn_like(p) * 0.2)
+    for _ in range(20):
+        x, on = torch.randn(*shape, 24), torch.rand(*shape, 16) < share
+        dense = ff.w2(apply_mask(F.gelu(ff.w1(x)), on.float()))
+        for f in (ff, without_hooks(ff)):
+            torch.testing.assert_close(f.sparse(x, on.float()), dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"arch": "decoder_only", "bias": True}, {"router_input": "embedding"}]
+)
+def test_a_model_of_sparse_experts_equals_the_dense_one(fields, monkeypatch):
+    model, text = build({"n_expert": 16, **fields}), random_ids(3, 16)
+    assert 0.1 < model.expert_masks(text).mean() < 0.9
+    how = dict(max_new_tokens=20, temperature=0)
+    monkeypatch.setattr(FeedForward, "sparse_pays", lambda *_: False)
+    dense, dense_text = all_logits(model, text), model.generate(text[:1], **how)
+    monkeypatch.setattr(FeedForward, "sparse_pays", lambda *_: True)
+    shapes, sparse = [], FeedForward.sparse
+    monkeypatch.setattr(
+        FeedForward, "sparse", lambda self, x, r: shapes.append(x.shape) or sparse(self, x, r)
+    )
+    torch.testing.assert_close(all_logits(model, text), dense, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.generate(text[:1], **how), dense_text)
+    blocks = model.config.n_layer * (2 if model.config.arch == "parallel" else 1)
+    assert shapes.count((3, 16, 24)) == blocks  # each block, in prefill as well as in decoding
+    assert shapes.count((1, 1, 24)) > 10 * blocks
+
+
+@torch.no_grad()
+def test_the_weights_of_experts_that_are_off_are_not_read():
+    ff = FeedForward(ModelConfig(**SMALL, n_expert=4)).eval()
+    x, on = torch.randn(3, 1, 24), torch.tensor([1.0, 0, 0, 1]).expand(3, 1, 4)
+    expected = ff.sparse(x, on)
+    ff.w1.weight[24:72] = ff.w2.weight[:, 24:72] = math.nan  # experts 1 and 2
+    assert torch.equal(ff.sparse(x, on), expected)
+    for row in range(3):
+        y = without_hooks(ff).sparse(x[row : row + 1], on[:1])
+        torch.testing.assert_close(y, expected[row : row + 1], atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_sparse_experts_in_bfloat16():
+    ff = FeedForward(ModelConfig(**SMALL, n_expert=4)).eval()
+    for shape in ((1, 1), (2, 5)):
+        x, on = torch.randn(*shape, 24), (torch.rand(*shape, 4) < 0.5).float()
+        expected = ff.w2(apply_mask(F.gelu(ff.w1(x)), on))
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(ff.sparse(x, on).float(), expected, atol=1e-3, rtol=5e-2)
+
+
+def test_when_sparse_pays():
+    """By hand: for one token n (1.15 w + 240,000) < 16 w, with w = 294,912 weights an expert where
+    C = 768; for 512 tokens 512 n 1.15 w + 16 * 9e6 < 512 * 16 w."""
+    sizes = [dict(n_embd=64, n_head=1), dict(n_embd=768), dict(n_embd=768, expert_site="output")]
+    small, large, output = (FeedForward(ModelConfig(**fields, n_expert=16)) for fields in sizes)
+
+    def mask(n, tokens=1):
+        return (torch.arange(16) < n).float().expand(1, tokens, 16)
+
+    def pays(ff, tokens):
+        return [n for n in range(17) if ff.sparse_pays(mask(n, tokens))]
+
+    assert not pays(small, 1) and pays(small, 512) == [0] and not pays(output, 512)
+    assert pays(large, 1) == list(range(9)) and pays(large, 512) == list(range(14))
+    assert pays(large, 10) == [0]
+
+
+@torch.no_grad()
+def test_one_row_by_pieces_of_a_large_weight(monkeypatch):
+    called, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: called.append(1) or bmm(*args))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for rows, out, pieces in ((1, 512, True), (2, 512, False), (1, 511, True), (1, 2, False)):
+        x, weight, bias = torch.randn(rows, 1, 384), torch.randn(out, 384), torch.randn(out)
+        called.clear()
+        for b in (None, bias):
+            expected = F.linear(x, weight, b)
+            torch.testing.assert_close(linear(x, weight, b), expected, atol=1e-4, rtol=1e-5)
+        assert bool(called) == pieces
+
+
+def test_a_model_without_hooks_is_the_same_model():
+    model = build({"n_expert": 8, "bias": True})
+    plain, idx = without_hooks(model), random_ids(2, 16)
+    assert not isinstance(plain, torch.nn.Module)
+    with torch.no_grad():
+        assert torch.equal(plain(idx, idx).logits, all_logits(model, idx))
+        model.encoder[0].ff.w1.weight.mul_(2)  # shared, not copied
+        assert torch.equal(plain(idx, idx).logits, all_logits(model, idx))
+
+
+def test_a_model_with_hooks_or_other_classes_keeps_them():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    text, calls = random_ids(1, 3), []
+    model = build()
+    expected = model.generate(text, 5, temperature=0, use_cache=False)
+    handle = model.decoder[0].ff.w1.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.generate(text, 5, temperature=0), expected) and len(calls) == 5
+    handle.remove()
+    other = Doubled(24, 24, bias=False)
+    other.load_state_dict(
+        model.decoder[0].lateral.state_dict()
+        if model.config.lateral
+        else model.decoder[0].cross_attention.proj.state_dict()
+    )
+    model.decoder[0].cross_attention.proj = other
+    cached, whole = (model.generate(text, 9, temperature=0, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, whole) and not torch.equal(cached[:, :8], expected)
+
+
+@torch.no_grad()
+def test_large_matrices_and_bfloat16_with_a_cache():
+    """Where one row is multiplied piece by piece, and experts are skipped by the rule."""
+    sizes = dict(block_size=8, vocab_size=1003, n_layer=1, n_head=6, n_embd=768, n_expert=16)
+    torch.manual_seed(0)
+    model, text = ParallelEncoderDecoder(ModelConfig(**sizes)).eval(), torch.tensor([[1, 2, 3]])
+    for layer in (*model.encoder, *model.decoder):
+        layer.ff.router.shift.copy_(torch.arange(16) % 4 * math.pi / 3)  # half of the experts on
+    cached, whole = (model.generate(text, 8, temperature=0, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, whole)
+    cache, plain = Cache(1, 8), without_hooks(model.bfloat16())
+    plain(text, cache=cache)
+    logits = plain(torch.tensor([[4]]), cache=cache).logits
+    expected = model(torch.tensor([[1, 2, 3, 4]])).logits
+    torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.05)
+
+
+def test_rows_that_differ_when_the_window_moves():
+    model, text = build({"n_expert": 8}), random_ids(3, 5)
+    draw = lambda c: model.generate(  # noqa: E731
+        text, 40, use_cache=c, generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(draw(True), draw(False))
+
+
+def test_evenly_spaced_by_hand():
+    assert list(evenly_spaced([])) == []
+    assert list(evenly_spaced([5])) == [slice(5, 6, 1)]
+    assert list(evenly_spaced([0, 2, 5, 6])) == [slice(0, 3, 2), slice(5, 7, 1)]
+    assert list(evenly_spaced([1, 4, 7, 8])) == [slice(1, 8, 3), slice(8, 9, 1)]
 
 
 def test_window_start():
@@ -757,7 +976,8 @@ def test_sampling_follows_the_distribution():
     generator = torch.Generator().manual_seed(0)
 
     def frequencies(**how):
-        drawn = sample_token(logits.expand(20000, -1), generator=generator, **how)
+        draws = torch.rand(20000, generator=generator)
+        drawn = sample_token(logits.expand(20000, -1), draws, **how)
         return torch.bincount(drawn[:, 0], minlength=4) / 20000
 
     def close_to(*expected):
@@ -772,7 +992,14 @@ def test_sampling_follows_the_distribution():
     assert frequencies(top_p=0.6).tolist() == close_to(2 / 3, 1 / 3, 0, 0)
     assert frequencies(top_p=1e-9).tolist() == close_to(1, 0, 0, 0)
     assert frequencies(temperature=0).tolist() == close_to(1, 0, 0, 0)
-    assert frequencies(temperature=1e-30).tolist() == close_to(1, 0, 0, 0)
+    ends = torch.tensor([0.0, 1 - 2**-24])  # the least draw, the largest: never of probability 0
+    none_of_it = torch.tensor([-math.inf, 0.0, 0.0, -math.inf]).expand(2, -1)
+    assert sample_token(none_of_it, ends).tolist() == [[1], [2]]
+    assert frequencies(temperature=1e-46).tolist() == close_to(1, 0, 0, 0)
+    for temperature in (0.0, 1.0):
+        for bad in (math.nan, math.inf):
+            with pytest.raises(ValueError, match="the logits are not finite"):
+                sample_token(torch.tensor([[0.0, bad]]), torch.zeros(1), temperature)
 
 
 # ---- mistakes ---------------------------------------------------------------
