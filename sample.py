@@ -3,27 +3,33 @@
 python sample.py --out_dir=out-shakespeare-char
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1
 python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+python sample.py --out_dir=out-shakespeare-char --show_experts --html=experts.html
 """
 
 import codecs
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from config import fail, override, pick_device
+from config import fail, override, pick_device, printable
 from model import load_checkpoint
 from prepare_shakespeare import Tokenizer
+from view import in_colour, see, write_html
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # the folder of the run
 start = "\n"  # the prompt, or FILE:path
-num_samples = 3
+num_samples = 3  # drawn together, as one batch
 max_new_tokens = 500  # in each sample
+stop = ""  # a text that ends a sample, where it first comes after the prompt
 temperature = 0.8  # below 1 less varied, above 1 more; 0: always the likeliest token
 top_k = 200  # draw from the k likeliest tokens only; 0: from all
 top_p = 1.0  # draw from the fewest tokens that hold this probability; 1: from all
-seed = 1337
+seed = 1337  # the same gives the same text; the first sample is the same for any num_samples
+show_experts = False  # colour each token by its experts, in a terminal or with FORCE_COLOR set
+html = ""  # a page to write, which shows what the experts do at each token
 checkpoint = "ckpt.pt"  # or ckpt_best.pt, where train.py left one
 device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
 # -----------------------------------------------------------------------------
@@ -31,6 +37,36 @@ globals().update(override(globals(), sys.argv[1:]))
 
 if num_samples < 1:
     fail(f"num_samples={num_samples}: must be at least 1")
+if not 0 <= seed < 2**63:
+    fail(f"seed={seed}: must be from 0 to 2**63 - 1")
+if html and (Path(html).is_dir() or not Path(html).parent.is_dir()):
+    fail(f"html={html!r}: must be a file in a folder that exists")
+if show_experts and not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
+    print("sample.py: no colours, as this is no terminal; FORCE_COLOR=1 asks for them anyway",
+          file=sys.stderr)  # fmt: skip
+    show_experts = False
+shown = printable if sys.stdout.isatty() else str
+
+
+class Sample:
+    """One text as it comes, token by token."""
+
+    def __init__(self, ids: list[int]):
+        self.ids, self.text, self.ended = list(ids), "", False
+        # A BPE token can end inside a character, hence an incremental decoder.
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, *tokens: int, final: bool = False) -> str:
+        """Takes tokens; the text that they add, up to the end of `stop`. `final`: no more come."""
+        self.ids += tokens
+        before = len(self.text)
+        self.text += self.decoder.decode(tokenizer.decode_bytes(tokens), final)
+        found = self.text.find(stop, max(0, before + 1 - len(stop))) if stop else -1
+        if found >= 0:
+            self.text, self.ended = self.text[: found + len(stop)], True
+        return self.text[before:]
+
+
 try:
     device = pick_device(device)
     path = Path(out_dir, checkpoint)
@@ -44,29 +80,53 @@ try:
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
             f"{model.config.vocab_size}"
         )
+    if (show_experts or html) and model.config.n_expert == 0:
+        raise ValueError(f"{path}: n_expert=0: this model has no experts to show")
     if start.startswith("FILE:"):
-        start = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+        start_path = start.removeprefix("FILE:")
+        try:
+            start = Path(start_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"start: cannot read the file {start_path!r}: {error}") from None
     ids = tokenizer.encode(start)
     if not ids:
         raise ValueError("start: is empty; give at least one character")
+
+    samples = [Sample(ids) for _ in range(num_samples)]
+    as_it_comes = num_samples == 1 and not show_experts
+    if as_it_comes:
+        print(shown(start), end="", flush=True)
     prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
     generator = torch.Generator(device).manual_seed(seed)
     how = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, generator=generator)
-    new_tokens = model.stream(prompt, max_new_tokens, **how)
-    if num_samples == 1:
-        # A BPE token can end inside a character, hence the incremental decoder.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        print(start, end="", flush=True)
-        for token in new_tokens:
-            text = decoder.decode(tokenizer.decode_bytes(token[0].tolist()))
-            print(text, end="", flush=True)
-        print(decoder.decode(b"", final=True))
-    else:
-        rows = torch.cat([prompt, *new_tokens], dim=1)
-        for row in rows.tolist():
-            print(tokenizer.decode(row))
+    interrupted = False
+    try:
+        for tokens in model.stream(prompt, max_new_tokens, **how):
+            for sample, token in zip(samples, tokens[:, 0].tolist(), strict=True):
+                new = "" if sample.ended else sample.add(token)
+                if as_it_comes:
+                    print(shown(new), end="", flush=True)
+            if all(sample.ended for sample in samples):
+                break
+    except KeyboardInterrupt:  # what there is counts
+        interrupted = True
+    for sample in samples:
+        rest = "" if sample.ended else sample.add(final=True)
+        if as_it_comes:
+            print(shown(rest))
+    seen = []
+    if show_experts or html:
+        rows = [torch.tensor([sample.ids], device=device) for sample in samples]
+        seen = [see(model, tokenizer, row) for row in rows]
+    if not as_it_comes:
+        for k, sample in enumerate(samples):
+            print(in_colour(seen[k]) if show_experts else shown(start + sample.text))
             print("---------------")
-except (ValueError, OSError) as error:
+    if html:
+        write_html(html, seen)
+        print(f"{html}: written; open it in a browser", file=sys.stderr)
+    sys.exit(130 if interrupted else 0)
+except (ValueError, OSError, torch.OutOfMemoryError) as error:
     fail(str(error).partition("\n")[0])
 except KeyboardInterrupt:
     print()

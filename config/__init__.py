@@ -9,6 +9,7 @@ import ast
 import difflib
 import re
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,8 @@ def settings_of(script_globals: Settings) -> Settings:
 
 
 def override(script_globals: Settings, argv: list[str]) -> Settings:
-    """The settings after the arguments: config files, --key=value, --key value; the last one wins.
+    """The settings after the arguments: config files, --key=value, --key value, or --key alone for
+    True, in order; the last one wins.
 
     A mistake, and --help, end the process: the mistake with one line and exit status 2.
     """
@@ -34,15 +36,21 @@ def override(script_globals: Settings, argv: list[str]) -> Settings:
         print_help(script_globals, defaults)
         sys.exit(0)
     items: list[tuple[str, Any, str]] = []  # key, value (a str where still to be read), where
-    args = iter(argv)
-    for arg in args:
+    args = list(argv)
+    while args:
+        arg = args.pop(0)
         if not arg.startswith("--"):
             items += read_config_file(arg)
             continue
         key, equals, value = arg[2:].partition("=")
         if not equals:
-            value = next(args, None)
-            if value is None:
+            is_bool = type(defaults.get(key)) is bool
+            if is_bool and not (args and args[0].lower() in ("true", "false")):
+                value = "True"
+            elif args and not args[0].startswith("--"):
+                value = args.pop(0)
+            else:
+                require_known(key, defaults, arg)
                 fail(f"--{key}: has no value; write --{key}=VALUE")
         items.append((key, parse(value, defaults.get(key)), f"--{key}={value}"))
 
@@ -100,12 +108,17 @@ def parse(text: str, default: Any) -> Any:
         return text
 
 
-def check(name: Any, value: Any, defaults: Settings, where: str) -> Any:
-    """The value, in the type that the setting `name` has; ends the process where it cannot be."""
+def require_known(name: Any, defaults: Settings, where: str) -> None:
+    """Ends the process where there is no such setting, and names the nearest."""
     if name not in defaults:
         near = difflib.get_close_matches(str(name), defaults, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         fail(f"{where}: there is no setting {name!r}{hint} (--help lists all)")
+
+
+def check(name: Any, value: Any, defaults: Settings, where: str) -> Any:
+    """The value, in the type that the setting `name` has; ends the process where it cannot be."""
+    require_known(name, defaults, where)
     kind = type(defaults[name])
     if kind is float and type(value) is int:
         return float(value)
@@ -141,5 +154,15 @@ def pick_device(device: str) -> str:
 
 def fail(message: str) -> NoReturn:
     """Ends the process with one line on stderr that names the script, and exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: controls but for line ends and tabs, and marks of
+    direction and the like, are spelled out, as \\x1b."""
+    steering = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        ascii(c)[1:-1] if unicodedata.category(c) in steering and c not in "\n\t" else c
+        for c in text
+    )

@@ -1,0 +1,112 @@
+"""Makes the experts visible: text coloured by the experts that were on, in a terminal or a page.
+
+Used by sample.py, as `--show_experts` and `--html=FILE`.
+"""
+
+import base64
+import codecs
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import printable
+from model import ParallelEncoderDecoder, window_start
+from prepare_shakespeare import Tokenizer
+
+N_LIKELY = 8  # next tokens that the page shows for each token
+OFF, ON = (38, 70, 131), (244, 162, 58)  # RGB of the least and the largest share of experts on
+
+
+class Seen(NamedTuple):
+    """One text of T tokens, and what the model made of each."""
+
+    tokens: list[str]  # a BPE token that ends inside a character is empty, its successor has it
+    on: Tensor  # (T, L, stacks, G), bool: the experts that were on when the token was read
+    likely: list[list[tuple[str, float]]]  # the likeliest next tokens, with their probabilities
+    came: list[int]  # which of them came next; -1: none of them
+
+
+@torch.inference_mode()
+def see(model: ParallelEncoderDecoder, tokenizer: Tokenizer, text: Tensor) -> Seen:
+    """Looks at a text (1, T) through the windows that generation reads, as if it had drawn all."""
+    ids, length, block_size = text[0].tolist(), text.size(1), model.config.block_size
+    starts = [window_start(end, block_size) for end in range(1, length + 1)]
+    on, likely, came = [], [], []
+    for start in sorted(set(starts)):
+        first, last = starts.index(start), length - 1 - starts[::-1].index(start)
+        window, new = text[:, start : last + 1], slice(first - start, last + 1 - start)
+        masks = model.expert_masks(window)[:, :, 0, new]  # (L, stacks, T, G)
+        on.append(masks.permute(2, 0, 1, 3).cpu() > 0.5)
+        likeliest = all_logits(model, window)[0, new].softmax(dim=-1)
+        likeliest = likeliest.topk(min(N_LIKELY, likeliest.size(-1)))
+        for k, (p, after) in enumerate(zip(*map(Tensor.tolist, likeliest), strict=True), first + 1):
+            likely.append([(tokenizer.decode([i]), p) for i, p in zip(after, p, strict=True)])
+            came.append(after.index(ids[k]) if k < length and ids[k] in after else -1)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    tokens = [decoder.decode(tokenizer.decode_bytes([token])) for token in ids]
+    tokens[-1] += decoder.decode(b"", final=True)
+    return Seen(tokens, torch.cat(on), likely, came)
+
+
+def all_logits(model: ParallelEncoderDecoder, window: Tensor) -> Tensor:
+    """The logits (1, T, V) at every position of a window (1, T), in evaluation."""
+    training = model.training
+    model.eval()
+    try:
+        return model(window, window).logits
+    finally:
+        model.train(training)
+
+
+def in_colour(seen: Seen) -> str:
+    """The text for a terminal of 24-bit colours, each token on a background that shows its share of
+    experts on, and a legend."""
+    share = seen.on.float().mean(dim=(1, 2, 3)).tolist()
+    low, high = min(share), max(share)
+
+    def paint(text: str, value: float) -> str:
+        x = (value - low) / (high - low) if high > low else 1.0
+        rgb = [round(a + x * (b - a)) for a, b in zip(OFF, ON, strict=True)]
+        front = "0;0;0" if x > 0.4 else "255;255;255"
+        return f"\x1b[48;2;{';'.join(map(str, rgb))}m\x1b[38;2;{front}m{text}\x1b[0m"
+
+    def painted(token: str, value: float) -> str:  # a background must not run over a line's end
+        lines = printable(token).split("\n")
+        return "\n".join(paint(line, value) if line else "" for line in lines)
+
+    steps = [low + (high - low) * i / 4 for i in range(5)] if high > low else [low]
+    legend = "experts on: " + " ".join(paint(f" {value:.0%} ", value) for value in steps)
+    return "".join(map(painted, seen.tokens, share)) + "\n" + legend
+
+
+def write_html(path: str | Path, texts: list[Seen]) -> None:
+    """One page that needs nothing else: the texts, and view.html, which shows them.
+
+    Of scripts the page runs its own alone, whatever the texts hold: the browser checks its hash.
+    """
+    layers, stacks, experts = texts[0].on.shape[1:]
+    data = {
+        "layers": layers,
+        "stacks": ["encoder", "decoder"][-stacks:],
+        "experts": experts,
+        "texts": [
+            {
+                "tokens": seen.tokens,
+                "on": ["".join(map(str, one.flatten().int().tolist())) for one in seen.on],
+                "likely": [[[t, round(p, 4)] for t, p in after] for after in seen.likely],
+                "came": seen.came,
+            }
+            for seen in texts
+        ],
+    }
+    # As JSON inside a script element, which "<" could end; the page writes text as text alone.
+    values = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    script = page.rpartition("<script>")[2].partition("</script>")[0]
+    sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = page.replace("{{sha256}}", sha256, 1).replace("{{data}}", values, 1)
+    Path(path).write_text(page, encoding="utf-8", newline="\n")
