@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import repeat
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -739,30 +738,6 @@ def plain_copy(module: nn.Module, classes: dict[type, type]) -> Any:
     children = {name: plain_copy(child, classes) for name, child in module.named_children()}
     vars(plain).update(children, cached={})
     return plain
-
-
-def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEncoderDecoder, dict]:
-    """The model that train.py saved at `path`, in training mode, and its other entries.
-
-    Loads tensors and plain values only, never code. Raises ValueError, with a line for the user,
-    for a file that is missing or is not such a checkpoint.
-    """
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no checkpoint; train.py writes one") from None
-    except Exception as error:  # a damaged file can fail anywhere inside torch's reader
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a checkpoint of train.py: {reason}") from None
-    try:
-        if not isinstance(checkpoint, dict):
-            raise TypeError(f"it holds a {type(checkpoint).__name__}")
-        model = ParallelEncoderDecoder(ModelConfig(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint.pop("model"))
-    except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a checkpoint of this model: {reason}") from None
-    return model.to(device), checkpoint
 
 
 def encoder_loss_of(kind: str, encoded: Tensor, emb: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self.chars) if self.kind == "char" else self._bpe.n_vocab
+        return len(self.chars) if self.kind == "char" else 50257
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; ValueError names a character that the vocabulary lacks."""
@@ -113,7 +113,7 @@ def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
         raise ValueError(f"tokenizer={kind!r}: must be char or gpt2")
     folder = DATA / (name or f"shakespeare_{kind}")
     if kind == "gpt2":
-        Tokenizer(kind).vocab_size  # noqa: B018 - is the encoding there? Before a long download
+        Tokenizer(kind)._bpe  # noqa: B018 - is the encoding there? Before a long download
     raw, found = find_text(path, folder)
     digest = hashlib.sha256(raw).hexdigest()
     source = SOURCES.get(digest, found)
@@ -154,6 +154,29 @@ def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
         f"vocabulary of {coder.vocab_size:,}"
     )
     return folder
+
+
+def load_data(folder: Path) -> tuple[Tokenizer, dict[str, np.memmap]]:
+    """The tokenizer, and the tokens of `train` and `val`, mapped into memory.
+
+    Raises ValueError, with a line for the user, where they are not what `prepare` wrote.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        tokenizer, data = Tokenizer(**meta["tokenizer"]), {}
+        if meta["vocab_size"] != tokenizer.vocab_size:
+            raise ValueError(f"vocab_size {meta['vocab_size']} is not that of the tokenizer")
+        for part in ("train", "val"):
+            path = folder / f"{part}.bin"
+            if path.stat().st_size != 2 * meta["tokens"][part]:
+                raise ValueError(f"{path.name} has not as many tokens as meta.json says")
+            data[part] = np.memmap(path, np.uint16, "r")
+            if data[part].max() >= tokenizer.vocab_size:
+                raise ValueError(f"{path.name} has ids beyond the vocabulary")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{folder}: {reason}; prepare the data again") from None
+    return tokenizer, data
 
 
 def write_atomically(contents: dict[Path, bytes]) -> None:

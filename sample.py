@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import load_checkpoint
 from config import fail, override, pick_device, printable
-from model import load_checkpoint
 from prepare_shakespeare import Tokenizer
 from view import in_colour, see, write_html
 

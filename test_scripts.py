@@ -25,7 +25,8 @@ import torch
 
 import config
 import prepare_shakespeare as prepare_file
-from model import ModelConfig, ParallelEncoderDecoder, load_checkpoint
+from checkpoint import load_checkpoint
+from model import ModelConfig, ParallelEncoderDecoder
 from prepare_shakespeare import Tokenizer, prepare
 
 HERE = Path(__file__).parent
@@ -48,11 +49,11 @@ TINY = (
 ).split()
 
 
-def run(folder, script, *args, env=OFFLINE, timeout=120):
+def run(folder, script, *args, env=OFFLINE, timeout=120, **how):
     """Runs a script of ours in `folder`, to its end."""
     command = [sys.executable, str(HERE / script), *args]
     return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout, **how
     )
 
 
@@ -364,7 +365,7 @@ def test_gpt2_round_trip(tmp_path, monkeypatch):
     folder = prepare("gpt2", "input.txt")
     assert folder == Path("data/shakespeare_gpt2")
     meta = json.loads((folder / "meta.json").read_text("utf-8"))
-    assert meta["tokenizer"] == {"kind": "gpt2", "chars": ""} and meta["vocab_size"] == 257
+    assert meta["tokenizer"] == {"kind": "gpt2", "chars": ""} and meta["vocab_size"] == 50257
     ids = [*np.fromfile(folder / "train.bin", np.uint16), *np.fromfile(folder / "val.bin", "u2")]
     assert 256 not in ids and Tokenizer("gpt2").decode(map(int, ids)) == text
 
@@ -507,7 +508,8 @@ def test_a_run_shows_what_it_does(trained):
     assert [row["iter"] for row in rows] == [0, 10, 20, 20]
     assert f"{rows[1]['val_loss']:.4f}" == steps[1][2]
     assert rows[-1]["whole_val_loss"] == pytest.approx(whole, abs=1e-4)
-    assert sorted(path.name for path in (folder / "whole").iterdir()) == ["ckpt.pt", "log.jsonl"]
+    names = {path.name for path in (folder / "whole").iterdir()}
+    assert names == {".lock", "ckpt.pt", "log.jsonl"}
 
 
 def vocab_size(folder):
@@ -577,7 +579,7 @@ def test_resume_repeats_the_undisturbed_run(twice_accumulated):
         assert np.allclose(half[20]["changed"], changed, atol=1e-6)
 
 
-def start_and_signal(folder, number, *args, after="iter 12:"):
+def start_and_signal(folder, number, *args, after="iter 12:", times=1):
     """Starts train.py, sends it a signal when it has printed `after`; its output and status."""
     command = [sys.executable, str(HERE / "train.py"), *TINY, *args]
     process = subprocess.Popen(
@@ -594,7 +596,9 @@ def start_and_signal(folder, number, *args, after="iter 12:"):
     for line in process.stdout:
         printed += line
         if line.startswith(after):
-            process.send_signal(number)
+            for _ in range(times):
+                process.send_signal(number)
+                time.sleep(0.5 if times > 1 else 0)
             after = "never"
     watchdog.cancel()
     return printed, process.wait(timeout=60)
@@ -604,9 +608,10 @@ def start_and_signal(folder, number, *args, after="iter 12:"):
 LONG = ("--max_iters=3000", "--lr_decay_iters=3000", "--eval_interval=1500", "--log_interval=6")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(workplace):
-    printed, status = start_and_signal(workplace, signal.SIGINT, *LONG, "--out_dir=out-a")
-    assert status == 130 and "Traceback" not in printed
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number, workplace):
+    printed, status = start_and_signal(workplace, number, *LONG, "--out_dir=out-a")
+    assert status == 128 + number and "Traceback" not in printed
     stopped = int(re.search(r"stopped after (\d+) iterations; saved out-a/ckpt.pt", printed)[1])
     command = printed.splitlines()[-1].split()
     assert command[:2] == ["python", str(HERE / "train.py")] and "--init_from=resume" in command
@@ -648,6 +653,125 @@ def test_kill_9_loses_nothing_that_was_saved(workplace):
     succeed(workplace, "train.py", *args, end, "--out_dir=killed", "--init_from=resume")
     succeed(workplace, "train.py", *args, end, "--out_dir=undisturbed")
     assert same_run(workplace / "killed", workplace / "undisturbed")
+
+
+def test_a_second_ctrl_c_ends_at_once(workplace):
+    """Where the first one waits for an iteration that takes very long."""
+    args = ("--gradient_accumulation_steps=1000000", "--out_dir=out-c")
+    printed, status = start_and_signal(workplace, signal.SIGINT, *args, after="step 0:", times=2)
+    assert status == -signal.SIGINT and "stopped after" not in printed
+
+
+def limit_files(size):
+    """For a child process: files cannot grow beyond `size` bytes, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("full", ["ckpt.pt", "log.jsonl", "no log"])
+def test_a_full_disk_leaves_what_was_there(full, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "a", symlinks=True)
+    out = tmp_path / "a/whole"
+    if full == "no log":
+        (out / "log.jsonl").unlink()
+    log = (out / "log.jsonl").read_bytes() if full != "no log" else b""
+    before = (out / "ckpt.pt").read_bytes()
+    size = len(before) // 2 if full == "ckpt.pt" else len(log) + 9
+    file = "ckpt.pt" if full == "ckpt.pt" else "log.jsonl"
+    fails_with(
+        f"whole/{file}: cannot be written: File too large",
+        tmp_path / "a", "train.py", *TINY, "--out_dir=whole", "--init_from=resume",
+        "--max_iters=40", preexec_fn=limit_files(size),
+    )  # fmt: skip
+    assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+    after = (out / "log.jsonl").read_bytes()
+    assert after.startswith(log) if full == "ckpt.pt" else after == log
+    assert all(json.loads(row) for row in after.splitlines())
+
+
+def test_a_full_disk_leaves_no_half_data_set(workplace):
+    (workplace / "text.txt").write_text("ab" * 1000)
+    (workplace / "data").unlink()
+    args = ("--input_file=text.txt", "--dataset=b")
+    fails_with("File too large", workplace, "prepare_shakespeare.py", *args,
+               preexec_fn=limit_files(100))  # fmt: skip
+    assert not list((workplace / "data/b").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_gets_one_line(workplace):
+    (workplace / "file").write_text("")
+    for out_dir in ("file", "/proc/absent"):
+        fails_with("out_dir=.*: cannot be used: ", workplace, "train.py", *TINY,
+                   f"--out_dir={out_dir}")  # fmt: skip
+
+
+def test_two_runs_into_one_folder(workplace):
+    endless = ("--max_iters=100000000", "--eval_interval=100000000", "--log_interval=100000000")
+    command = [sys.executable, str(HERE / "train.py"), *TINY, *endless]
+    with subprocess.Popen(
+        command, cwd=workplace, env=OFFLINE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        try:
+            while "iter 0:" not in first.stdout.readline():
+                assert first.poll() is None
+            fails_with("out_dir='out': another run is writing there", workplace, "train.py", *TINY)
+        finally:
+            first.kill()
+    succeed(workplace, "train.py", *TINY, "--max_iters=1")  # a killed run leaves no lock
+
+
+POISON = """
+import runpy, sys, torch, model
+calls, forward = 0, model.ParallelEncoderDecoder.forward
+def poisoned(self, idx, targets=None, **how):
+    global calls
+    output = forward(self, idx, targets, **how)
+    if self.training:
+        calls += 1
+        if calls in {steps}:
+            {what}
+    return output
+model.ParallelEncoderDecoder.forward = poisoned
+sys.argv = {argv}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+NAN_GRADIENT = "output = output._replace(loss=output.loss + (self.tok_emb.weight * 0).sum().sqrt())"
+NAN_LOSS = "output.metrics['cross_entropy'].fill_(torch.nan); " + NAN_GRADIENT
+
+
+def run_poisoned(folder, steps, what, *args):
+    argv = [str(HERE / "train.py"), *TINY, *args]
+    code = POISON.format(steps=steps, what=what, argv=argv)
+    env = {**OFFLINE, "PYTHONPATH": str(HERE)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_gradient_that_is_not_finite_skips_its_step(workplace):
+    done = run_poisoned(workplace, {4, 6, 7, 8, 9}, NAN_GRADIENT)
+    assert done.returncode == 0, done.stderr
+    skipped = re.findall(r"^iter (\d+): the gradient is not finite \(.*\); step skipped$",
+                         done.stdout, re.M)  # fmt: skip
+    assert skipped == ["3", "5", "6", "7", "8"]  # four in a row are borne
+    assert all(w.isfinite().all() for w in weights(workplace / "out").values())
+
+
+@pytest.mark.parametrize("steps, what, at", [
+    ({14, 15, 16, 17, 18}, NAN_GRADIENT, 17), ({16}, NAN_LOSS, 15),
+])  # fmt: skip
+def test_divergence_stops_the_run_and_keeps_the_checkpoint(steps, what, at, workplace):
+    done = run_poisoned(workplace, steps, what)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    name = "loss" if what is NAN_LOSS else "gradient"
+    assert re.search(
+        rf"iter {at}: the {name} is not finite \(loss .*, gradient norm nan, learning rate .*\); "
+        "checkpoints are as they were", line
+    )  # fmt: skip
+    saved = torch.load(workplace / "out/ckpt.pt", weights_only=True)
+    assert saved["iter_num"] == 10 and all(w.isfinite().all() for w in saved["model"].values())
 
 
 def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated):
@@ -757,12 +881,14 @@ def test_resume_takes_the_model_from_the_checkpoint(trained):
     [
         (("--n_head=3",), "n_head=3: must be a divisor of n_embd=16"),
         (("--arch=gpt",), "arch='gpt': must be one of parallel, decoder_only"),
+        (("--dataset=odd",), "data/odd: val.bin has not as many tokens as meta.json says"),
+        (("--dataset=beyond",), "data/beyond: train.bin has ids beyond the vocabulary"),
         (("--dataset=absent",), "data/absent: there is no data set; make one: python prepare_"),
-        (("--dataset=cut",), "data/cut: val.bin is not what meta.json says; prepare"),
+        (("--dataset=cut",), "data/cut: val.bin has not as many tokens as meta.json says; prepare"),
         (("--seed=99999999999999999999999",), "Overflow"),
         (("--beta1=2.0",), "Invalid beta"),
         (("--weight_decay=-1",), "weight_decay=-1.0: must be at least 0"),
-        (("--learning_rate=1e30", "--grad_clip=0"), "the loss is nan at iteration 10; lower"),
+        (("--learning_rate=1e30", "--grad_clip=0"), "iter .*: the .* is not finite .*; lower"),
         (("--init_from=resume", "--out_dir=absent"), "absent/ckpt.pt: there is no checkpoint"),
         (("--init_from=gpt2",), "init_from='gpt2': must be one of scratch, resume"),
         (("--device=tpu",), "device='tpu': "),
@@ -782,6 +908,13 @@ def test_a_mistake_in_training_gets_one_line(args, said, tmp_path, prepared):
     shutil.copytree(prepared / "data", data)
     shutil.copytree(data / "shakespeare_char", data / "cut")
     (data / "cut/val.bin").write_bytes((data / "cut/val.bin").read_bytes()[:-2])
+    for name, part, change in (
+        ("odd", "val", lambda ids: ids + b"x"),
+        ("beyond", "train", lambda ids: ids[:-2] + b"\xff\xff"),
+    ):
+        shutil.copytree(data / "shakespeare_char", data / name)
+        path = data / name / f"{part}.bin"
+        path.write_bytes(change(path.read_bytes()))
     (workplace / "wandb.py").write_text("raise ImportError")  # also where it is installed
     env = {**OFFLINE, "PYTHONPATH": str(workplace)}
     fails_with(said, workplace, "train.py", *TINY, *args, env=env)
@@ -850,7 +983,7 @@ def test_a_checkpoint_that_is_none_gets_one_line(trained, tmp_path):
     tensor = (tmp_path / "tensor.pt").read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2], tensor):
         path.write_bytes(content)
-        fails_with("out/ckpt.pt: not a checkpoint", tmp_path, "sample.py", "--device=cpu")
+        fails_with("out/ckpt.pt: not a", tmp_path, "sample.py", "--device=cpu")
     checkpoint = torch.load(trained[0] / "whole/ckpt.pt", weights_only=True)
     checkpoint["model_args"]["n_embd"] = 32
     torch.save(checkpoint, path)
@@ -861,6 +994,28 @@ def test_a_checkpoint_that_is_none_gets_one_line(trained, tmp_path):
     fails_with("its tokenizer has .* tokens, its model", tmp_path, "sample.py", "--device=cpu")
 
 
+def test_damaged_checkpoints_are_told(trained, tmp_path):
+    """Bytes changed, cut out or doubled at random: refused in one line, or without effect."""
+    whole, rng = (trained[0] / "whole/ckpt.pt").read_bytes(), np.random.default_rng(0)
+    expected, _ = load_checkpoint(trained[0] / "whole/ckpt.pt")
+    expected, refused = expected.state_dict(), 0
+    for _ in range(200):
+        at, length = int(rng.integers(len(whole))), int(rng.integers(1, 100))
+        part = (
+            bytes([whole[at] ^ (1 << int(rng.integers(8)))]) + whole[at + 1 : at + length],
+            b"", whole[at : at + length] * 2, rng.bytes(length),
+        )[rng.integers(4)]  # fmt: skip
+        (tmp_path / "ckpt.pt").write_bytes(whole[:at] + part + whole[at + length :])
+        try:
+            model, _ = load_checkpoint(tmp_path / "ckpt.pt")
+        except ValueError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert all(torch.equal(w, expected[name]) for name, w in model.state_dict().items())
+    assert refused > 150
+
+
 def test_no_code_in_a_checkpoint_is_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -868,7 +1023,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
 
     (tmp_path / "out").mkdir()
     torch.save({"model": Evil()}, tmp_path / "out/ckpt.pt")
-    fails_with("out/ckpt.pt: not a checkpoint", tmp_path, "sample.py", "--device=cpu")
+    fails_with("out/ckpt.pt: not a", tmp_path, "sample.py", "--device=cpu")
     assert not (tmp_path / "ran").exists()
 
 

@@ -22,26 +22,28 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import load_checkpoint, write_whole
 from config import fail, override, pick_device
 from model import (
     Mask,
     ModelConfig,
     ParallelEncoderDecoder,
-    load_checkpoint,
     mask_statistics,
     penalty_growth,
 )
 from muon import Muon, configure_optimizers
-from prepare_shakespeare import SHAKESPEARE, Tokenizer, prepare
+from prepare_shakespeare import SHAKESPEARE, load_data, prepare
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -182,6 +184,22 @@ if device_type == "cuda":
     torch.set_float32_matmul_precision("high")  # TF32
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
+# One run at a time writes to out_dir: its lock goes when the process ends, however that comes
+# about. Where there are no such locks, as on Windows, runs are not told from each other.
+if master and not eval_only and (init_from == "scratch" or Path(out_dir).exists()):
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(out_dir, ".lock"), "w", encoding="utf-8")
+    except OSError as error:
+        fail(f"out_dir={out_dir!r}: cannot be used: {error.strerror}")
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"out_dir={out_dir!r}: another run is writing there; choose another --out_dir")
+
 # The data: uint16 tokens on disk, mapped into memory.
 data_dir = Path("data", dataset)
 try:
@@ -192,13 +210,8 @@ try:
         prepare(dataset.removeprefix("shakespeare_"))
     if ddp:
         dist.barrier()
-    meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
-    tokenizer, vocab_size = Tokenizer(**meta["tokenizer"]), meta["vocab_size"]
-    data = {part: np.memmap(data_dir / f"{part}.bin", np.uint16, "r") for part in ("train", "val")}
-    for part, tokens in data.items():
-        if len(tokens) != meta["tokens"][part] or tokens.max() >= vocab_size:
-            raise ValueError(f"{part}.bin is not what meta.json says; prepare the data again")
-except (ValueError, OSError, KeyError, TypeError) as error:
+    tokenizer, data = load_data(data_dir)
+except (ValueError, OSError) as error:
     fail(str(error) if str(data_dir) in str(error) else f"{data_dir}: {error}")
 
 # The model and its optimizer.
@@ -211,7 +224,7 @@ try:
         start_iter, start_seconds = checkpoint["iter_num"], checkpoint["seconds"]
         best_val_loss = checkpoint["best_val_loss"]
         saved_is_best, decisions = checkpoint["is_best"], checkpoint["decisions"]
-        if checkpoint["tokenizer"] != meta["tokenizer"]:
+        if checkpoint["tokenizer"] != asdict(tokenizer):
             raise ValueError(f"{data_dir}: not the vocabulary that {out_dir} was trained with")
         for name, value in asdict(raw_model.config).items():
             if name in settings and settings[name] != value:
@@ -220,7 +233,8 @@ try:
                 settings[name] = globals()[name] = value
     else:
         model_args = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
-        raw_model = ParallelEncoderDecoder(ModelConfig(vocab_size=vocab_size, **model_args))
+        config = ModelConfig(vocab_size=tokenizer.vocab_size, **model_args)
+        raw_model = ParallelEncoderDecoder(config)
         raw_model.to(device)
     for part, tokens in data.items():
         if len(tokens) <= block_size:
@@ -331,10 +345,7 @@ def get_lr(it: float) -> float:
 
 
 def save_checkpoint(is_best: bool) -> None:
-    """Writes out_dir/ckpt.pt aside, then renames it: at every moment a whole one is there.
-
-    ckpt_best.pt is there where the best one is an older one.
-    """
+    """Writes out_dir/ckpt.pt. ckpt_best.pt is there where the best one is an older one."""
     global saved_is_best, saved_iter
     checkpoint = {
         "model": raw_model.state_dict(),
@@ -345,31 +356,33 @@ def save_checkpoint(is_best: bool) -> None:
         "best_val_loss": best_val_loss,
         "is_best": is_best,
         "decisions": decisions,
-        "tokenizer": meta["tokenizer"],
+        "tokenizer": asdict(tokenizer),
         "config": settings,
     }
-    path, best, aside = (Path(out_dir, f"ckpt{end}") for end in (".pt", "_best.pt", ".tmp"))
+    path, best = Path(out_dir, "ckpt.pt"), Path(out_dir, "ckpt_best.pt")
     try:
-        with open(aside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if saved_is_best and not is_best:
-            shutil.copyfile(path, best.with_suffix(".tmp"))
-            os.replace(best.with_suffix(".tmp"), best)
-        os.replace(aside, path)
+        if saved_is_best and not is_best and path.exists():
+            with open(path, "rb") as old:
+                write_whole(best, partial(shutil.copyfileobj, old))
+        write_whole(path, partial(torch.save, checkpoint))
         if is_best:
             best.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        fail(f"{path}: cannot be written: {error}")
+        fail(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}")
     saved_is_best, saved_iter = is_best, iter_num
 
 
 def log_evaluation(**row: float) -> None:
     """Appends a row to out_dir/log.jsonl, and to wandb where asked for."""
-    with open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    path, before = Path(out_dir, "log.jsonl"), 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            before = file.tell()
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        with suppress(OSError):  # where not even the file could be made
+            os.truncate(path, before)  # no half a line
+        fail(f"{path}: cannot be written: {error.strerror}")
     if wandb_log:
         wandb.log({name: float(np.mean(value)) for name, value in row.items()})
 
@@ -378,11 +391,12 @@ stop_signal = 0
 
 
 def on_signal(number: int, frame: object) -> None:
-    """Asks for a stop after this iteration; a second Ctrl-C ends a single process at once."""
+    """Asks for a stop after this iteration; a second signal ends a single process at once."""
     global stop_signal
     stop_signal = number
     if not ddp:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def agree(*values: float) -> list[float]:
@@ -391,6 +405,17 @@ def agree(*values: float) -> list[float]:
     if ddp:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
+
+
+def end_run(message: str) -> NoReturn:
+    """Ends all processes, which agree on it: the master with the line, the others without."""
+    try:
+        if master:
+            fail(message)
+    finally:
+        if ddp:  # as in leave_processes
+            sys.stdout.flush()
+            os._exit(2)
 
 
 def leave_processes(status: int) -> None:
@@ -425,9 +450,10 @@ if master:
         f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}, "
         f"{micro_steps * world_size * batch_size * block_size:,} tokens per iteration"
     )
-signal.signal(signal.SIGINT, on_signal)
+for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what a cluster sends
+    signal.signal(number, on_signal)
 
-iter_num = start_iter
+iter_num, bad_steps = start_iter, 0  # steps skipped in a row
 saved_iter = start_iter if init_from == "resume" else -1
 raw_model.estimate_mfu(1, 1)  # measures the machine's peak, before the clock starts
 start = last = time.perf_counter()
@@ -476,9 +502,10 @@ while True:
                 f"stopped after {iter_num} iterations; saved {out_dir}/ckpt.pt; to go on:\n"
                 f"  {start_with} {shlex.join(again)} --init_from=resume"
             )
+        status = 128 + int(stop)
         if ddp:
-            leave_processes(130)
-        sys.exit(130)
+            leave_processes(status)
+        sys.exit(status)
 
     # One iteration: accumulate the gradient over the micro-steps, then step.
     lr = get_lr(schedule_iter)
@@ -500,10 +527,24 @@ while True:
         logged[0] += output.metrics["cross_entropy"] / micro_steps
         if has_experts:
             logged[1] += output.metrics["experts_on"] / micro_steps
-    if grad_clip > 0:
-        torch.nn.utils.clip_grad_norm_(params, grad_clip)
+    grads = [p.grad for p in params if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(grads)
+    if math.isfinite(grad_norm.item()):
+        bad_steps = 0
+        if grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(params, grad_clip, grad_norm)
+        for opt in optimizers:
+            opt.step()
+    else:  # of the averaged gradient, hence on all processes alike
+        bad_steps += 1
+        (bad_loss,) = agree(not math.isfinite(output.loss.item() + logged[0].item()))
+        what = f"iter {iter_num}: the {'loss' if bad_loss else 'gradient'} is not finite"
+        what += f" (loss {logged[0]:.4g}, gradient norm {grad_norm:.4g}, learning rate {lr:.3g})"
+        if bad_loss or bad_steps == 5:
+            end_run(f"{what}; checkpoints are as they were; lower --learning_rate")
+        if master:
+            print(f"{what}; step skipped", flush=True)
     for opt in optimizers:
-        opt.step()
         opt.zero_grad(set_to_none=True)
 
     if iter_num % log_interval == 0:
@@ -528,7 +569,8 @@ while True:
             )
     iter_num += 1
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+for number in (signal.SIGINT, signal.SIGTERM):  # what is left to do is not saved
+    signal.signal(number, signal.SIG_DFL)
 if master:
     val = evaluate(whole_val())
     experts = f", experts on {val['experts_on']:.1%}" if "experts_on" in val else ""

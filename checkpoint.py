@@ -1,0 +1,72 @@
+"""Checkpoints that are whole or not there, and that are read without trust.
+
+    write_whole(Path("out/ckpt.pt"), partial(torch.save, {"model": ..., "model_args": ...}))
+    model, saved = load_checkpoint("out/ckpt.pt")
+
+A checkpoint is a file of torch.save: a zip archive, which holds a checksum of each of its parts.
+"""
+
+import os
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from model import ModelConfig, ParallelEncoderDecoder
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file aside with `write(file)`, has it on the disk, then renames it to `path`.
+
+    So at every moment a whole file is there: the old one, or the new. OSError and RuntimeError
+    where it cannot be written; then the old one is untouched.
+    """
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # the new name is on the disk once its folder is; some have no such way
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEncoderDecoder, dict]:
+    """The model that train.py saved at `path`, in training mode, and its other entries.
+
+    Loads tensors and plain values only, never code. Raises ValueError, with a line for the user,
+    for a file that is missing, damaged, or not such a checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise ValueError(f"its part {damaged!r} is damaged: the checksum differs")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no checkpoint; train.py writes one") from None
+    except (PermissionError, torch.OutOfMemoryError) as error:
+        raise ValueError(f"{path}: cannot be loaded: {error}") from None
+    except Exception as error:  # a damaged file can fail anywhere inside a reader
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a whole checkpoint of train.py: {reason}") from None
+    try:
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds a {type(checkpoint).__name__}")
+        model = ParallelEncoderDecoder(ModelConfig(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint.pop("model"))
+    except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a checkpoint of this model: {reason}") from None
+    return model.to(device), checkpoint
