@@ -41,10 +41,6 @@ if not 0 <= seed < 2**63:
     fail(f"seed={seed}: must be from 0 to 2**63 - 1")
 if html and (Path(html).is_dir() or not Path(html).parent.is_dir()):
     fail(f"html={html!r}: must be a file in a folder that exists")
-if show_experts and not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
-    print("sample.py: no colours, as this is no terminal; FORCE_COLOR=1 asks for them anyway",
-          file=sys.stderr)  # fmt: skip
-    show_experts = False
 shown = printable if sys.stdout.isatty() else str
 
 
@@ -82,6 +78,10 @@ try:
         )
     if (show_experts or html) and model.config.n_expert == 0:
         raise ValueError(f"{path}: n_expert=0: this model has no experts to show")
+    if show_experts and not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
+        show_experts = False
+        why = "no colours, as this is no terminal; FORCE_COLOR=1 asks for them anyway"
+        print(f"sample.py: {why}", file=sys.stderr)
     if start.startswith("FILE:"):
         start_path = start.removeprefix("FILE:")
         try:

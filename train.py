@@ -557,13 +557,14 @@ while True:
             left = max_seconds - seconds
         else:
             left = (now - start) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
+        left = round(left)
         tokens_per_second = micro_steps * world_size * batch_size * block_size / dt
         if master:
             print(
                 f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, "
                 f"{tokens_per_second:,.0f} tok/s, "
                 f"mfu {raw_model.estimate_mfu(batch_size * micro_steps, dt):.0%}, "
-                f"{left // 60:.0f}:{left % 60:02.0f} left"
+                f"{left // 60}:{left % 60:02} left"
                 + (f", experts on {experts_on:.1%}" if has_experts else ""),
                 flush=True,
             )
