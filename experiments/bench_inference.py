@@ -40,6 +40,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import memory, num_params  # noqa: E402
+
 import model as model_file  # noqa: E402
 from model import FeedForward, ModelConfig, ParallelEncoderDecoder, gemm_peak  # noqa: E402
 
@@ -132,12 +134,6 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def num_params(model: torch.nn.Module) -> int:
-    """Parameters, the position embedding not counted; shared ones count once."""
-    named = model.named_parameters()
-    return sum(p.numel() for n, p in named if "pos_emb" not in n and "wpe" not in n)
-
-
 def measure_texts() -> list[dict]:
     """Rows of the first table."""
     preset = dict(vocab_size=65, n_layer=2, n_head=2, n_embd=64, n_expert=16)
@@ -208,12 +204,6 @@ def measure_size(name: str) -> list[dict]:
                 "seconds_a_token": of_who,
             })  # fmt: skip
     return rows
-
-
-def memory(field: str) -> float:
-    """A field of this process's memory in MiB: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def peak_memory(*which: str) -> float | None:

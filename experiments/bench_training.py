@@ -35,6 +35,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from x_transformers import Decoder, TransformerWrapper
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import memory, num_params  # noqa: E402
+
 from model import ModelConfig, ParallelEncoderDecoder, gemm_peak  # noqa: E402
 from muon import configure_optimizers  # noqa: E402
 
@@ -120,26 +122,11 @@ def stepper(name: str, size: Size) -> tuple[nn.Module, Callable[[], None]]:
     return model, step
 
 
-def num_params(model: nn.Module) -> int:
-    """Parameters, the position embedding not counted; shared ones count once."""
-    named = model.named_parameters()
-    return sum(p.numel() for n, p in named if "pos_emb" not in n and "wpe" not in n)
-
-
 def step_flops(model: nn.Module, size: Size) -> int:
     """Of one step, counted as ParallelEncoderDecoder.estimate_mfu does."""
     attentions = sum(type(m).__name__.endswith("Attention") for m in model.modules())
     per_token = 6 * num_params(model) + 12 * attentions * size.C * size.T
     return per_token * size.B * size.T
-
-
-def memory(field: str) -> float:
-    """A field of this process's memory in MiB: VmRSS now, VmHWM at its peak.
-
-    Not getrusage: its ru_maxrss starts a new process at the peak of the one that started it.
-    """
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def peak_memory(name: str, size: str) -> float | None:
