@@ -147,22 +147,6 @@ class Cache:
         return new if self.length == 0 else buffer.narrow(1, 0, self.length + T)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. On a CPU one row is multiplied by a piece of a large weight on each thread, since
-    BLAS uses one thread for it: 19 instead of 13 GB/s on two cores."""
-    one_row = x.numel() == x.size(-1) and weight.numel() >= 2**17 and weight.device.type == "cpu"
-    if not one_row or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    n = min(torch.get_num_threads(), len(weight) // 64)  # pieces
-    if n < 2:
-        return F.linear(x, weight, bias)
-    rows = len(weight) // n * n
-    pieces = weight[:rows].view(n, -1, weight.size(1)).mT
-    y = torch.bmm(x.reshape(1, 1, -1).expand(n, -1, -1), pieces).view(*x.shape[:-1], -1)
-    y = y if rows == len(weight) else torch.cat([y, F.linear(x, weight[rows:])], dim=-1)
-    return y if bias is None else y + bias
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
     """Causal multi-head attention; q (B, T, Dk), k (B, S, Dk) and v (B, S, Dv) to (B, T, Dv).
 
@@ -184,7 +168,7 @@ class Projections(nn.Linear):
         self.sizes = tuple(sizes)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, ...]:
-        y = linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias)
         if cache is None:
             return torch.split_with_sizes(y, self.sizes, dim=-1)
         *queries, keys, values = self.sizes
@@ -286,46 +270,21 @@ class FeedForward(nn.Module):
         return 1.15 * on * each + min(on, G) * overhead < dense
 
     def sparse(self, x: Tensor, r: Tensor) -> Tensor:
-        """The same in evaluation, with no work for experts that are off; r (B, T, G) is 0 or 1.
-
-        Several tokens are grouped by expert. For a single one the weights of experts at even
-        distances are a view, hence one batched product, which runs on all threads.
-        """
-        tokens, r, G = x.flatten(0, 1), r.flatten(0, 1), r.size(-1)
+        """The same in evaluation, with no work for experts that are off: tokens are grouped by
+        expert; r (..., G) is 0 or 1."""
+        tokens, r, G = x.flatten(0, -2), r.flatten(0, -2), r.size(-1)
         w1 = self.w1.weight.unflatten(0, (G, -1)).mT  # (G, C, n)
         w2 = self.w2.weight.unflatten(1, (G, -1)).permute(1, 2, 0)  # (G, n, C)
         b1 = None if self.w1.bias is None else self.w1.bias.unflatten(0, (G, 1, -1))
         y = torch.zeros_like(tokens) if self.w2.bias is None else self.w2.bias.repeat(len(r), 1)
-        used = [g for g, on in enumerate(r.amax(dim=0).tolist()) if on]
-        if len(r) == 1 and used:
-            if not isinstance(self, nn.Module):  # but a copy without hooks, for this text alone:
-                if "w2" not in self.cached:  # in one piece an expert's weights are read faster
-                    self.cached["w2"] = w2.contiguous()
-                w2 = self.cached["w2"]
-            runs = [(some, w1[some]) for some in evenly_spaced(used)]
-            hidden = torch.cat([torch.bmm(tokens.expand(len(w), 1, -1), w) for _, w in runs])
-            hidden = F.gelu(hidden if b1 is None else hidden + b1[used])  # (experts, 1, n)
-            hidden = hidden.split([len(w) for _, w in runs])
-            written = [torch.bmm(h, w2[some]) for h, (some, _) in zip(hidden, runs, strict=True)]
-            return (y + torch.cat(written).sum(dim=0)).view_as(x)
-        for g in used:
+        for g, on in enumerate(r.amax(dim=0).tolist()):
+            if not on:
+                continue
             rows = r[:, g].nonzero().flatten()
             hidden = tokens[rows] @ w1[g]
             hidden = F.gelu(hidden if b1 is None else hidden + b1[g])
             y.index_add_(0, rows, (hidden @ w2[g]).to(y.dtype))
         return y.view_as(x)
-
-
-def evenly_spaced(numbers: list[int]) -> Iterator[slice]:
-    """Cuts ascending numbers into runs at even distances, as slices: 1 2 3 7 9 to 1:4:1, 7:10:2."""
-    while numbers:
-        first, step, end = numbers[0], 1, 1
-        if len(numbers) > 1:
-            step = numbers[1] - first
-            while end < len(numbers) and numbers[end] == first + end * step:
-                end += 1
-        yield slice(first, numbers[end - 1] + 1, step)
-        numbers = numbers[end:]
 
 
 def apply_mask(x: Tensor, r: Tensor) -> Tensor:
@@ -516,7 +475,7 @@ class ParallelEncoderDecoder(nn.Module):
         if self.config.next_position == "subtract":
             out = out - self.pos_emb.weight[past + 1 : past + idx.size(1) + 1]
         if targets is None:
-            return ModelOutput(linear(out[:, -1:], self.tok_emb.weight), None, {})
+            return ModelOutput(F.linear(out[:, -1:], self.tok_emb.weight), None, {})
         logits = F.linear(out, self.tok_emb.weight)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         metrics = {"cross_entropy": loss.detach()}
@@ -685,59 +644,22 @@ class ParallelEncoderDecoder(nn.Module):
         training = self.training
         self.eval()
         try:
-            model = without_hooks(self) if use_cache else self
             for end in range(T, T + max_new_tokens):
                 before, start = start, window_start(end, block_size)
                 if cache is None:
-                    logits = model(text[:, start:end]).logits
+                    logits = self(text[:, start:end]).logits
                 elif start == before:  # decode: the newest token alone
-                    logits = model(text[:, end - 1 : end], cache=cache).logits
+                    logits = self(text[:, end - 1 : end], cache=cache).logits
                 else:  # prefill: the prompt, later a window that has moved
                     cache.length, window = 0, text[:, start:end]
                     alike = bool((window == window[:1]).all())  # then one row stands for all
-                    logits = model(window[:1] if alike else window, cache=cache).logits
+                    logits = self(window[:1] if alike else window, cache=cache).logits
                     logits = logits.expand(B, -1, -1)
                 token = sample_token(logits[:, -1], draws[:, end - T], **how)
                 text[:, end : end + 1] = token
                 yield token
         finally:
             self.train(training)
-
-
-def without_hooks(module: nn.Module) -> Any:
-    """A plain object with the weights and the code of a module of this file, for evaluation.
-
-    To read one token, the calls and look-ups of nn.Module take longer than the arithmetic. A model
-    that has hooks, or modules of other classes, comes back as it is.
-    """
-    for m in module.modules():
-        if type(m) not in STOCK or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
-            return module
-    return plain_copy(module, {})
-
-
-STOCK = {
-    ParallelEncoderDecoder, EncoderLayer, DecoderLayer, Attention, Router, FeedForward, Projections,
-    nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList,
-}  # fmt: skip
-
-
-def plain_copy(module: nn.Module, classes: dict[type, type]) -> Any:
-    if isinstance(module, nn.ModuleList):
-        return [plain_copy(child, classes) for child in module]
-    if isinstance(module, nn.Dropout):
-        return lambda x: x
-    cls = type(module)
-    if cls not in classes:
-        call = cls.forward
-        if cls is nn.Linear:
-            call = lambda self, x: linear(x, self.weight, self.bias)  # noqa: E731
-        classes[cls] = type(cls.__name__, (), {**vars(cls), "__call__": call})
-    plain = object.__new__(classes[cls])
-    vars(plain).update(vars(module) | module._parameters | module._buffers)
-    children = {name: plain_copy(child, classes) for name, child in module.named_children()}
-    vars(plain).update(children, cached={})
-    return plain
 
 
 def encoder_loss_of(kind: str, encoded: Tensor, emb: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from checkpoint import load_checkpoint
 from config import fail, override, pick_device, printable
+from inference import Inference
 from prepare_shakespeare import Tokenizer
 from view import in_colour, see, write_html
 
@@ -92,6 +93,11 @@ try:
     if not ids:
         raise ValueError("start: is empty; give at least one character")
 
+    reader = model
+    try:
+        reader = Inference(model)
+    except ValueError as error:
+        print(f"sample.py: {error}; drawing by model.py, which takes longer", file=sys.stderr)
     samples = [Sample(ids) for _ in range(num_samples)]
     as_it_comes = num_samples == 1 and not show_experts
     if as_it_comes:
@@ -101,7 +107,7 @@ try:
     how = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, generator=generator)
     interrupted = False
     try:
-        for tokens in model.stream(prompt, max_new_tokens, **how):
+        for tokens in reader.stream(prompt, max_new_tokens, **how):
             for sample, token in zip(samples, tokens[:, 0].tolist(), strict=True):
                 new = "" if sample.ended else sample.add(token)
                 if as_it_comes:

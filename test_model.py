@@ -27,15 +27,12 @@ from model import (
     apply_mask,
     encoder_loss_of,
     entropy,
-    evenly_spaced,
     l1,
-    linear,
     mask_statistics,
     penalty_growth,
     round_mask,
     sample_token,
     window_start,
-    without_hooks,
 )
 
 torch.set_num_threads(1)  # the tensors are small, and the cores may be shared
@@ -808,8 +805,7 @@ def test_sparse_experts_equal_the_masked_product(share, bias, shape):
     for _ in range(20):
         x, on = torch.randn(*shape, 24), torch.rand(*shape, 16) < share
         dense = ff.w2(apply_mask(F.gelu(ff.w1(x)), on.float()))
-        for f in (ff, without_hooks(ff)):
-            torch.testing.assert_close(f.sparse(x, on.float()), dense, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ff.sparse(x, on.float()), dense, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -840,9 +836,6 @@ def test_the_weights_of_experts_that_are_off_are_not_read():
     expected = ff.sparse(x, on)
     ff.w1.weight[24:72] = ff.w2.weight[:, 24:72] = math.nan  # experts 1 and 2
     assert torch.equal(ff.sparse(x, on), expected)
-    for row in range(3):
-        y = without_hooks(ff).sparse(x[row : row + 1], on[:1])
-        torch.testing.assert_close(y, expected[row : row + 1], atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -872,82 +865,12 @@ def test_when_sparse_pays():
     assert pays(large, 10) == [0]
 
 
-@torch.no_grad()
-def test_one_row_by_pieces_of_a_large_weight(monkeypatch):
-    called, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *args: called.append(1) or bmm(*args))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    for rows, out, pieces in ((1, 512, True), (2, 512, False), (1, 511, True), (1, 2, False)):
-        x, weight, bias = torch.randn(rows, 1, 384), torch.randn(out, 384), torch.randn(out)
-        called.clear()
-        for b in (None, bias):
-            expected = F.linear(x, weight, b)
-            torch.testing.assert_close(linear(x, weight, b), expected, atol=1e-4, rtol=1e-5)
-        assert bool(called) == pieces
-
-
-def test_a_model_without_hooks_is_the_same_model():
-    model = build({"n_expert": 8, "bias": True})
-    plain, idx = without_hooks(model), random_ids(2, 16)
-    assert not isinstance(plain, torch.nn.Module)
-    with torch.no_grad():
-        assert torch.equal(plain(idx, idx).logits, all_logits(model, idx))
-        model.encoder[0].ff.w1.weight.mul_(2)  # shared, not copied
-        assert torch.equal(plain(idx, idx).logits, all_logits(model, idx))
-
-
-def test_a_model_with_hooks_or_other_classes_keeps_them():
-    class Doubled(torch.nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    text, calls = random_ids(1, 3), []
-    model = build()
-    expected = model.generate(text, 5, temperature=0, use_cache=False)
-    handle = model.decoder[0].ff.w1.register_forward_hook(lambda *_: calls.append(1))
-    assert torch.equal(model.generate(text, 5, temperature=0), expected) and len(calls) == 5
-    handle.remove()
-    other = Doubled(24, 24, bias=False)
-    other.load_state_dict(
-        model.decoder[0].lateral.state_dict()
-        if model.config.lateral
-        else model.decoder[0].cross_attention.proj.state_dict()
-    )
-    model.decoder[0].cross_attention.proj = other
-    cached, whole = (model.generate(text, 9, temperature=0, use_cache=c) for c in (True, False))
-    assert torch.equal(cached, whole) and not torch.equal(cached[:, :8], expected)
-
-
-@torch.no_grad()
-def test_large_matrices_and_bfloat16_with_a_cache():
-    """Where one row is multiplied piece by piece, and experts are skipped by the rule."""
-    sizes = dict(block_size=8, vocab_size=1003, n_layer=1, n_head=6, n_embd=768, n_expert=16)
-    torch.manual_seed(0)
-    model, text = ParallelEncoderDecoder(ModelConfig(**sizes)).eval(), torch.tensor([[1, 2, 3]])
-    for layer in (*model.encoder, *model.decoder):
-        layer.ff.router.shift.copy_(torch.arange(16) % 4 * math.pi / 3)  # half of the experts on
-    cached, whole = (model.generate(text, 8, temperature=0, use_cache=c) for c in (True, False))
-    assert torch.equal(cached, whole)
-    cache, plain = Cache(1, 8), without_hooks(model.bfloat16())
-    plain(text, cache=cache)
-    logits = plain(torch.tensor([[4]]), cache=cache).logits
-    expected = model(torch.tensor([[1, 2, 3, 4]])).logits
-    torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.05)
-
-
 def test_rows_that_differ_when_the_window_moves():
     model, text = build({"n_expert": 8}), random_ids(3, 5)
     draw = lambda c: model.generate(  # noqa: E731
         text, 40, use_cache=c, generator=torch.Generator().manual_seed(0)
     )
     assert torch.equal(draw(True), draw(False))
-
-
-def test_evenly_spaced_by_hand():
-    assert list(evenly_spaced([])) == []
-    assert list(evenly_spaced([5])) == [slice(5, 6, 1)]
-    assert list(evenly_spaced([0, 2, 5, 6])) == [slice(0, 3, 2), slice(5, 7, 1)]
-    assert list(evenly_spaced([1, 4, 7, 8])) == [slice(1, 8, 3), slice(8, 9, 1)]
 
 
 def test_window_start():

@@ -7,6 +7,8 @@ Prints three tables and writes experiments/bench_inference.json. What is compare
 random order, so that all meets the same noise; medians of five rounds, on two threads, in float32,
 with weights as they start. All draw from all tokens at temperature 1.
 
+Ours draws by inference.py, as sample.py does, or, where the table says so, by model.generate alone.
+
 Texts: 500 characters by the CPU preset's model, its experts included, and by GPT-2s of as many
 parameters: with as many blocks (4 layers), and with the 2 layers of the decoder-only preset. GPT-2
 reads no more than its positions, hence 512 of them; ours has a block of 64, which moves as the text
@@ -42,12 +44,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measuring import memory, num_params  # noqa: E402
 
+import inference  # noqa: E402
 import model as model_file  # noqa: E402
+from inference import Inference  # noqa: E402
 from model import FeedForward, ModelConfig, ParallelEncoderDecoder, gemm_peak  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 THREADS, ROUNDS = 2, 6  # the first round is not counted
 OURS, UNCACHED, GPT2 = "ours", "ours, no cache", "Hugging Face GPT-2"
+Drawer = Inference | ParallelEncoderDecoder | GPT2LMHeadModel
 LAYER = dict(lateral=True, decoder_self_attention=False)
 
 
@@ -95,10 +100,10 @@ class Clock:
         pass
 
 
-def decode_seconds(model: torch.nn.Module, prompt: Tensor, tokens: int, cached: bool) -> float:
+def decode_seconds(model: Drawer, prompt: Tensor, tokens: int, cached: bool) -> float:
     """The seconds that drawing `tokens` tokens takes from the moment the prompt is read."""
     clock = Clock()
-    if isinstance(model, ParallelEncoderDecoder):
+    if not isinstance(model, GPT2LMHeadModel):
         for _ in model.stream(prompt, tokens + 1, use_cache=cached):
             clock.put()
     else:
@@ -106,6 +111,11 @@ def decode_seconds(model: torch.nn.Module, prompt: Tensor, tokens: int, cached: 
         with torch.inference_mode():
             model.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
     return clock.times[-1] - clock.times[-1 - tokens]
+
+
+def of(drawer: Drawer) -> torch.nn.Module:
+    """The model that has the parameters."""
+    return drawer.model if isinstance(drawer, Inference) else drawer
 
 
 def bare_loop(model: GPT2LMHeadModel, idx: Tensor, tokens: int) -> None:
@@ -145,9 +155,9 @@ def measure_texts() -> list[dict]:
     rows, one_by_one, zero = [], "ours, one by one, no cache", torch.zeros(1, 1, dtype=torch.long)
 
     @torch.inference_mode()
-    def draw(model: torch.nn.Module, batch: int, bare: bool = False, cached: bool = True) -> None:
+    def draw(model: Drawer, batch: int, bare: bool = False, cached: bool = True) -> None:
         idx = zero.expand(batch, -1)
-        if isinstance(model, ParallelEncoderDecoder):
+        if not isinstance(model, GPT2LMHeadModel):
             model.generate(idx, 500, use_cache=cached)
         elif bare:
             bare_loop(model, idx, 500)
@@ -156,7 +166,8 @@ def measure_texts() -> list[dict]:
             model.generate(idx, attention_mask=torch.ones_like(idx), **how)
 
     for batch in (10, 1):
-        models = {f"ours, block {n}": m for n, m in ours.items()} | peers
+        models = {f"ours, block {n}": Inference(m) for n, m in ours.items()} | peers
+        models["ours, model.generate"] = ours[64]
         tasks = {name: partial(draw, model, batch) for name, model in models.items()}
         for name in peers:
             models[f"{name}, bare loop"] = peers[name]
@@ -167,7 +178,7 @@ def measure_texts() -> list[dict]:
         seconds[one_by_one] = [s * batch for s in seconds[one_by_one]]
         for name, of_model in seconds.items():
             rows.append({
-                "model": name, "batch": batch, "parameters": num_params(models[name]),
+                "model": name, "batch": batch, "parameters": num_params(of(models[name])),
                 "tokens_per_second": batch * 500 / statistics.median(of_model),
                 "ours_is_faster": ratio(of_model, seconds["ours, block 64"]), "seconds": of_model,
             })  # fmt: skip
@@ -180,7 +191,7 @@ def tasks_of_size(size: Size, batch: int, which: str = "") -> dict[str, tuple]:
     prompt, tasks = torch.randint(size.vocab_size, shape, generator=generator), {}
     if which != GPT2:
         ours = build_ours(block_size=size.block_size, vocab_size=size.vocab_size, **size.ours)
-        tasks[OURS] = ours, prompt, size.tokens, True
+        tasks[OURS] = Inference(ours), prompt, size.tokens, True
         tasks[UNCACHED] = ours, prompt, size.uncached, False
     if which in ("", GPT2):
         gpt2 = build_gpt2(size.vocab_size, size.block_size, **size.gpt2)
@@ -197,7 +208,7 @@ def measure_size(name: str) -> list[dict]:
         a_token = {n: [s / tasks[n][2] for s in of_task] for n, of_task in seconds.items()}
         for who, of_who in a_token.items():
             rows.append({
-                "size": name, "batch": batch, "model": who, "parameters": num_params(tasks[who][0]),
+                "size": name, "batch": batch, "model": who, "parameters": num_params(of(tasks[who][0])),
                 "tokens_per_second": batch / statistics.median(of_who),
                 "times_gpt2": ratio(a_token[GPT2], of_who),
                 "peak_memory_mib": peak_memory(name, str(batch), who),
@@ -225,32 +236,34 @@ def measure_experts(name: str, bandwidth: float) -> list[dict]:
     size, G = SIZES[name], 16
     fields = dict(block_size=size.block_size, vocab_size=size.vocab_size, n_expert=G)
     ours = build_ours(**fields, **size.ours)
+    fast = Inference(ours)
     blocks = [m for m in ours.modules() if isinstance(m, FeedForward)]
     in_experts = sum(m.w1.weight.numel() + m.w2.weight.numel() for m in blocks)
     generator = torch.Generator().manual_seed(0)
     round_mask, sparse_pays, rows = model_file.round_mask, FeedForward.sparse_pays, []
+    experts_off = inference.experts_off
     half = size.block_size // 2
 
     def run(on: int, sparse: bool | None, batch: int, prefill: bool, decoded: int) -> float:
-        def forced(m: Tensor, *_: Any) -> Tensor:
-            order = torch.rand(m.shape, generator=generator).argsort(dim=-1)
-            return (order < on).to(m.dtype)
+        def draw_mask(m: Tensor) -> Tensor:
+            return torch.rand(m.shape, generator=generator).argsort(dim=-1) < on
 
-        model_file.round_mask = forced
+        model_file.round_mask = lambda m, *_: draw_mask(m).to(m.dtype)
+        inference.experts_off = lambda A: ~draw_mask(A)
         FeedForward.sparse_pays = sparse_pays if sparse is None else lambda *_: sparse
         try:
             idx = torch.zeros(batch, half, dtype=torch.long)
             if not prefill:
-                return decode_seconds(ours, idx, decoded, True)
+                return decode_seconds(fast, idx, decoded, True)
             with torch.inference_mode():
                 start = time.perf_counter()
                 ours(idx)
                 return time.perf_counter() - start
         finally:
             model_file.round_mask, FeedForward.sparse_pays = round_mask, sparse_pays
+            inference.experts_off = experts_off
 
     for batch, prefill in ((1, False), (10, False), (1, True)):
-        # Sparse decoding copies W2 once, which a text of some length pays for.
         decoded = min(64, half - 1) if batch == 1 else size.tokens
         tasks = {
             (on, sparse): partial(run, on, sparse, batch, prefill, decoded)
@@ -311,7 +324,7 @@ def main() -> None:
     print("\n| size | tokens at once | on | dense ms | sparse ms | speed-up | ideal | by the rule "
           f"| of bandwidth |\n| --- {'| ---: ' * 8}|")  # fmt: skip
     results["experts"] = []
-    for name in SIZES:
+    for name in list(SIZES)[1:]:  # of a small model all experts are computed
         for row in measure_experts(name, bandwidth):
             results["experts"].append(row)
             share = row["share_of_bandwidth"]
