@@ -38,9 +38,11 @@ class Inference:
 
     generate, stream = ParallelEncoderDecoder.generate, ParallelEncoderDecoder.stream
 
+    training = property(lambda self: self.model.training)
+
     def __init__(self, model: ParallelEncoderDecoder):
         self.model, self.config = model, model.config
-        self.eval, self.train, self.training = model.eval, model.train, model.training
+        self.eval, self.train = model.eval, model.train
         self.cache, self.shape = Cache(1, 1), (1, 1)  # of the call at hand
         try:
             parallel = self.config.arch == "parallel"

@@ -159,6 +159,28 @@ def test_sample_colours_where_it_is_asked_to(folder):
     assert ["".join(t["tokens"]) for t in data["texts"]] == texts
 
 
+def test_a_changed_model_is_drawn_from_as_it_is(folder):
+    """With model.py changed and inference.py not, the text is the changed model's."""
+    change = (
+        "import runpy, sys, model\n"
+        "read = model.ParallelEncoderDecoder.forward\n"
+        "def forward(self, *args, **kwargs):\n"
+        "    out = read(self, *args, **kwargs)\n"
+        "    return out._replace(logits=-out.logits)\n"
+        "model.ParallelEncoderDecoder.forward = forward\n"
+        "script, *sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(script)\n"
+    )
+    args = ("--temperature=0", "--max_new_tokens=5", "--start=ab", "--device=cpu", "--out_dir=out")
+    done = subprocess.run(
+        [sys.executable, "-c", change, HERE / "sample.py", "sample.py", *args],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "other logits than model.py" in done.stderr and "drawing by model.py" in done.stderr
+    assert done.returncode == 0 and done.stdout.count("---\n") == 3
+    assert done.stdout != sample(folder, *args).stdout
+
+
 def test_the_first_sample_is_the_same_however_many_there_are(folder):
     args = ("--temperature=2", "--seed=3")
     one, five = (sample(folder, *args, f"--num_samples={n}").stdout for n in (1, 5))

@@ -208,7 +208,8 @@ def measure_size(name: str) -> list[dict]:
         a_token = {n: [s / tasks[n][2] for s in of_task] for n, of_task in seconds.items()}
         for who, of_who in a_token.items():
             rows.append({
-                "size": name, "batch": batch, "model": who, "parameters": num_params(of(tasks[who][0])),
+                "size": name, "batch": batch, "model": who,
+                "parameters": num_params(of(tasks[who][0])),
                 "tokens_per_second": batch / statistics.median(of_who),
                 "times_gpt2": ratio(a_token[GPT2], of_who),
                 "peak_memory_mib": peak_memory(name, str(batch), who),
