@@ -43,7 +43,7 @@ class Inference:
     def __init__(self, model: ParallelEncoderDecoder):
         self.model, self.config = model, model.config
         self.eval, self.train = model.eval, model.train
-        self.cache, self.shape = Cache(1, 1), (1, 1)  # of the call at hand
+        self.cache, self.shape = None, (0, 0)  # of the call at hand
         try:
             parallel = self.config.arch == "parallel"
             self.w_in = product(model.w_in) if parallel else None
@@ -53,6 +53,8 @@ class Inference:
             self.router = None if model.router is None else self._router(model.router)
             self.ln_out = norm(model.ln_out)
             self._compare()
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"inference.py does not fit model.py: {error}") from error
 
@@ -77,7 +79,7 @@ class Inference:
                 d = decoder_layer(d, e, next(given, None))
             else:
                 d = decoder_layer(d, next(given, None))
-        cache.length = end
+        cache.length, self.cache = end, None
         out = self.ln_out(d.view(B, T, -1)[:, -1])
         if config.next_position == "subtract":
             out = out - pos_emb[end]
@@ -98,7 +100,8 @@ class Inference:
         for tokens in idx.split([length - length // 2] + [1] * (length // 2), dim=1):
             logits = self(tokens, cache).logits
         difference = (logits - expected).abs().max().item()
-        if difference > 1e-3 * max(1.0, expected.abs().max().item()):
+        tolerance = max(1e-3, 8 * torch.finfo(logits.dtype).eps)
+        if difference > tolerance * max(1.0, expected.abs().max().item()):
             raise ValueError(
                 f"inference.py gives other logits than model.py, by {difference:.2g}; what was "
                 "changed in one is to be changed in the other"
@@ -265,8 +268,8 @@ def evenly_spaced(numbers: list[int]) -> Iterator[slice]:
 
 
 def experts_off(A: Tensor) -> Tensor:
-    """Where m < 0.5, with m = 0.5 cos(A) + 0.5, which float32 rounds to 0.5 down to -2^-25."""
-    return torch.cos(A) < -(2**-25)
+    """Where m < 0.5, with m = 0.5 cos(A) + 0.5, which a cosine of -eps / 4 still rounds to 0.5."""
+    return torch.cos(A) < -torch.finfo(A.dtype).eps / 4
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
