@@ -26,7 +26,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -156,6 +156,19 @@ if not 0 <= muon_momentum < 1:
 if max_seconds and not max_iters:
     fail("max_iters=0: must be at least 1 with max_seconds")
 
+
+def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """One line in place of a traceback where a process stops because another one did."""
+    if not issubclass(kind, dist.DistError) and "gloo" not in str(error):
+        return sys.__excepthook__(kind, error, trace)
+    reason, resume = str(error).partition("\n")[0], ""
+    if Path(out_dir, "ckpt.pt").exists():
+        resume = f"; --init_from=resume goes on from {out_dir}/ckpt.pt"
+    print(f"train.py: process {rank} has lost another one{resume} ({reason})", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 # The device, and under torchrun the processes: each takes its share of the micro-batches.
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ddp, master = "RANK" in os.environ, rank == 0
@@ -174,8 +187,11 @@ if ddp:
         dist.init_process_group({"auto": auto, "nccl": nccl, "gloo": "gloo"}[backend])
     except (RuntimeError, ValueError) as error:
         fail(f"backend={backend!r}: {str(error).splitlines()[0]}")
+    sys.excepthook = on_error
+if not master:
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the master speaks for all
 micro_steps = math.ceil(gradient_accumulation_steps / world_size)  # of this process
-if micro_steps * world_size != gradient_accumulation_steps and master:
+if micro_steps * world_size != gradient_accumulation_steps:
     print(f"gradient_accumulation_steps={micro_steps * world_size}, to share among {world_size}")
 if dtype == "auto":
     has_it = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -228,8 +244,7 @@ try:
             raise ValueError(f"{data_dir}: not the vocabulary that {out_dir} was trained with")
         for name, value in asdict(raw_model.config).items():
             if name in settings and settings[name] != value:
-                if master:
-                    print(f"{name}={value!r}, as in the checkpoint (not {settings[name]!r})")
+                print(f"{name}={value!r}, as in the checkpoint (not {settings[name]!r})")
                 settings[name] = globals()[name] = value
     else:
         model_args = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
@@ -446,10 +461,10 @@ if master:
                 print(f"{out_dir}/{name}, of an earlier run, is now {name}.old")
     except OSError as error:
         fail(f"out_dir={out_dir!r}: cannot be used: {error.strerror}")
-    print(
-        f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}, "
-        f"{micro_steps * world_size * batch_size * block_size:,} tokens per iteration"
-    )
+print(
+    f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}, "
+    f"{micro_steps * world_size * batch_size * block_size:,} tokens per iteration"
+)
 for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what a cluster sends
     signal.signal(number, on_signal)
 
@@ -493,15 +508,18 @@ while True:
     if finished or eval_only:
         break
     if stop:
-        if master:
-            if saved_iter != iter_num:
-                save_checkpoint(is_best=False)
-            again = [arg for arg in sys.argv if arg != "--init_from=resume"]
-            start_with = f"torchrun --standalone --nproc_per_node={world_size}" if ddp else "python"
-            print(
-                f"stopped after {iter_num} iterations; saved {out_dir}/ckpt.pt; to go on:\n"
-                f"  {start_with} {shlex.join(again)} --init_from=resume"
-            )
+        if master and saved_iter != iter_num:
+            save_checkpoint(is_best=False)
+        again = [arg for arg in sys.argv if arg != "--init_from=resume"]
+        start_with = "python"
+        if ddp:
+            one_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
+            start_with = f"torchrun --standalone --nproc_per_node={world_size}"
+            start_with = start_with if one_node else "torchrun (with the options as before)"
+        print(
+            f"stopped after {iter_num} iterations; saved {out_dir}/ckpt.pt; to go on:\n"
+            f"  {start_with} {shlex.join(again)} --init_from=resume"
+        )
         status = 128 + int(stop)
         if ddp:
             leave_processes(status)
@@ -542,8 +560,7 @@ while True:
         what += f" (loss {logged[0]:.4g}, gradient norm {grad_norm:.4g}, learning rate {lr:.3g})"
         if bad_loss or bad_steps == 5:
             end_run(f"{what}; checkpoints are as they were; lower --learning_rate")
-        if master:
-            print(f"{what}; step skipped", flush=True)
+        print(f"{what}; step skipped", flush=True)
     for opt in optimizers:
         opt.zero_grad(set_to_none=True)
 
@@ -559,15 +576,14 @@ while True:
             left = (now - start) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
         left = round(left)
         tokens_per_second = micro_steps * world_size * batch_size * block_size / dt
-        if master:
-            print(
-                f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, "
-                f"{tokens_per_second:,.0f} tok/s, "
-                f"mfu {raw_model.estimate_mfu(batch_size * micro_steps, dt):.0%}, "
-                f"{left // 60}:{left % 60:02} left"
-                + (f", experts on {experts_on:.1%}" if has_experts else ""),
-                flush=True,
-            )
+        print(
+            f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, "
+            f"{tokens_per_second:,.0f} tok/s, "
+            f"mfu {raw_model.estimate_mfu(batch_size * micro_steps, dt):.0%}, "
+            f"{left // 60}:{left % 60:02} left"
+            + (f", experts on {experts_on:.1%}" if has_experts else ""),
+            flush=True,
+        )
     iter_num += 1
 
 for number in (signal.SIGINT, signal.SIGTERM):  # what is left to do is not saved

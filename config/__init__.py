@@ -154,7 +154,8 @@ def pick_device(device: str) -> str:
 
 def fail(message: str) -> NoReturn:
     """Ends the process with one line on stderr that names the script, and exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr)
+    line = printable(message).replace("\n", "\\n")
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
 
 
