@@ -4,15 +4,20 @@ python -m pytest test_scripts.py                 without a network
 python -m pytest -m network test_scripts.py      with the package registry alone
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -22,6 +27,8 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import config
 import prepare_shakespeare as prepare_file
@@ -49,12 +56,42 @@ TINY = (
 ).split()
 
 
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["torch", "numpy", "pytest", "hypothesis", "tiktoken"])
+
+
+def become(folder, argv, env, output):
+    """In a new process: runs the script argv[0] as Python runs it, its output to two files."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, path in zip((1, 2), output, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv, sys.path[0] = argv, str(HERE)
+    sys.path[1:1] = env.get("PYTHONPATH", "").split(os.pathsep)
+    torch.set_num_threads(1)
+    runpy.run_path(argv[0], run_name="__main__")
+
+
 def run(folder, script, *args, env=OFFLINE, timeout=120, **how):
-    """Runs a script of ours in `folder`, to its end."""
-    command = [sys.executable, str(HERE / script), *args]
-    return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout, **how
-    )
+    """Runs a script of ours in `folder`, to its end: in a process of its own, which has torch
+    imported already, since that takes longer than most of the tests; with `how`, in a new one."""
+    argv = [str(HERE / script), *args]
+    if how or sys.platform != "linux":
+        return subprocess.run(
+            [sys.executable, *argv],
+            cwd=folder, env=env, capture_output=True, text=True, timeout=timeout, **how,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        output = [Path(name, "stdout"), Path(name, "stderr")]
+        process = FORKSERVER.Process(target=become, args=(folder, argv, env, output))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{argv} took more than {timeout} s")
+        printed = [path.read_text("utf-8") for path in output]
+        return subprocess.CompletedProcess(argv, process.exitcode, *printed)
 
 
 def succeed(*args, **kwargs):
@@ -228,6 +265,59 @@ def test_a_wrong_config_file_gets_its_file_and_line(source, said, tmp_path, caps
     assert end.value.code == 2 and re.search(said, printed) and printed.count("\n") == 1
 
 
+executed = []  # what was run as code, or started as a process, while `watched` was set
+watched = False
+
+
+def audit(event, args):
+    if watched and event in ("exec", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn"):
+        executed.append((event, args))
+
+
+sys.addaudithook(audit)
+SOME_KEYS = st.sampled_from([*GLOBALS, "on_cuda", "on_cpu", "n_layers"]) | st.text(max_size=9)
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+SOME_VALUES = (
+    st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(PLAIN, v, max_size=3))
+    .map(repr)
+    .__or__(st.text(max_size=20))
+    .__or__(
+        st.sampled_from(["__import__('os').abort()", "exec('1')", "(" * 300, "9" * 5000, "1e999"])
+    )
+)
+
+
+@given(st.lists(st.tuples(SOME_KEYS, SOME_VALUES, st.sampled_from(["=", " ", "file"])), max_size=4))
+@settings(max_examples=400, deadline=None)
+def test_any_override_is_a_value_of_its_type_or_one_line(tmp_path_factory, items):
+    """Whatever the keys and values are; and none of it is run as code."""
+    global watched
+    argv, lines, stderr = [], [], io.StringIO()
+    for key, value, how in items:
+        if how == "file":
+            lines.append(f"{key} = {value}\n")
+        else:
+            argv += [f"--{key}={value}"] if how == "=" else [f"--{key}", value]
+    if lines:
+        path = tmp_path_factory.getbasetemp() / "config.py"
+        path.write_bytes("".join(lines).encode("utf-8", "surrogatepass"))
+        argv.append(str(path))
+    argv = [arg for arg in argv if arg not in ("--help", "-h", "--device=auto")]
+    executed.clear()
+    watched = True
+    try:
+        with contextlib.redirect_stderr(stderr):
+            found = config.override(GLOBALS, argv)
+    except SystemExit as end:
+        assert end.code == 2 and len(stderr.getvalue().splitlines()) == 1
+    else:
+        defaults = config.settings_of(GLOBALS)
+        assert {k: type(v) for k, v in found.items()} == {k: type(v) for k, v in defaults.items()}
+    finally:
+        watched = False
+    assert not executed
+
+
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_shakespeare.py"])
 def test_help_prints_every_setting(script, tmp_path):
     printed = succeed(tmp_path, script, "--help")
@@ -301,6 +391,13 @@ def test_own_text_under_its_own_name(tmp_path):
     assert "data/mine: 450 training and 50 validation tokens, vocabulary of 9" in printed
     tokenizer = Tokenizer(**json.loads((tmp_path / "data/mine/meta.json").read_text())["tokenizer"])
     assert tokenizer.decode(tokenizer.encode("狐Æ")) == "狐Æ"
+
+
+def test_one_distinct_character_trains(tmp_path):
+    (tmp_path / "input.txt").write_text("a" * 1000)
+    succeed(tmp_path, "prepare_shakespeare.py", "--input_file=input.txt")
+    printed = succeed(tmp_path, "train.py", *TINY, "--max_iters=1")
+    assert "whole validation split: loss 0.0000" in printed and "\naaaaa" in printed
 
 
 def test_a_text_under_data_is_taken(tmp_path, text):
@@ -774,15 +871,22 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(steps, what, at, work
     assert saved["iter_num"] == 10 and all(w.isfinite().all() for w in saved["model"].values())
 
 
-def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated):
-    folder, args, printed = twice_accumulated
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    args = [*args, "--gradient_accumulation_steps=1", "--out_dir=two"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run_two(folder, *args):
+    """Runs train.py as two processes."""
     done = subprocess.run(
-        [*torchrun, str(HERE / "train.py"), *args],
+        [*TORCHRUN, str(HERE / "train.py"), *args],
         cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated):
+    folder, args, printed = twice_accumulated
+    done = run_two(folder, *args, "--gradient_accumulation_steps=1", "--out_dir=two")
     assert "gradient_accumulation_steps=2, to share among 2" in done.stdout
     for mine, theirs in zip(losses(folder / "two"), losses(folder / "one"), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
@@ -792,6 +896,64 @@ def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated)
 
     assert printed_losses(done.stdout) == pytest.approx(printed_losses(printed), abs=1.1e-4)
     assert len(printed_losses(printed)) == 20
+
+
+@contextlib.contextmanager
+def two_that_train(folder, *args):
+    """train.py as two processes which train: the torchrun process, and the ids of the two."""
+    torchrun = subprocess.Popen(
+        [*TORCHRUN, str(HERE / "train.py"), *TINY, *LONG, "--gradient_accumulation_steps=2", *args],
+        cwd=folder, env=OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    watchdog = threading.Timer(100, torchrun.terminate)  # which it passes on to the two
+    watchdog.start()
+    try:
+        printed = ""
+        for line in torchrun.stdout:
+            printed += line
+            if line.startswith("iter 12:"):
+                break
+        assert torchrun.poll() is None, printed
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text()
+        yield torchrun, [int(pid) for pid in children.split()]
+    finally:
+        watchdog.cancel()
+        torchrun.terminate()
+        torchrun.communicate(timeout=60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_ends_the_others_and_the_run_resumes(victim, workplace):
+    args = ("--eval_interval=10",)
+    with two_that_train(workplace, *args) as (torchrun, workers):
+        began = time.monotonic()
+        os.kill(workers[victim], signal.SIGKILL)
+        printed = torchrun.stdout.read()
+        assert torchrun.wait(60) != 0 and time.monotonic() - began < 60
+    said = (
+        f"train.py: process {1 - victim} has lost another one; --init_from=resume goes" in printed
+    )
+    # Once in some forty times gloo does not tell; then torchrun ends the other one after 30 s.
+    assert said or time.monotonic() - began > 29
+    saved = torch.load(workplace / "out/ckpt.pt", weights_only=True)["iter_num"]
+    args = (*TINY, *LONG, "--gradient_accumulation_steps=2", f"--max_iters={saved + 10}", *args)
+    succeed(workplace, "train.py", *args, "--init_from=resume")  # now as one process
+    succeed(workplace, "train.py", *args, "--out_dir=undisturbed")
+    mine, theirs = figures(workplace / "out"), figures(workplace / "undisturbed")
+    for loss in ("train_loss", "val_loss", "whole_val_loss"):
+        assert mine[saved + 10][loss] == pytest.approx(theirs[saved + 10][loss], abs=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_saves_too(number, workplace):
+    with two_that_train(workplace) as (torchrun, _):
+        torchrun.send_signal(number)
+        printed = torchrun.stdout.read()
+    stopped = int(re.search(r"stopped after (\d+) iterations; saved out/ckpt.pt", printed)[1])
+    assert torch.load(workplace / "out/ckpt.pt", weights_only=True)["iter_num"] == stopped
+    assert "torchrun --standalone --nproc_per_node=2" in printed and "lost" not in printed
 
 
 def test_a_run_logs_what_its_experts_do(twice_accumulated):
