@@ -30,7 +30,7 @@ from prepare_shakespeare import load_data  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 KILLS, MUTATIONS = 100, 1000
-ITERS = 6000
+ITERS = 1500
 SETTINGS = (
     "--n_layer=1 --n_head=2 --n_embd=64 --n_expert=8 --block_size=16 --batch_size=4 --eval_iters=1 "
     f"--max_iters={ITERS} --lr_decay_iters={ITERS} --eval_interval=5 --log_interval=1000 "
