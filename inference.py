@@ -172,11 +172,16 @@ class Inference:
 
         return attend
 
+    def _decide(self, router: Router) -> Callable[[Tensor, Tensor], Tensor]:
+        """Which experts are off, (N, n_block G), by the router's queries, and keys with values."""
+        attend, shift = self._attend(router), router.shift
+        return lambda q, key_value: experts_off(attend(q, key_value) + shift)
+
     def _router(self, router: Router) -> Callable[[Tensor], Tensor]:
         """Which experts are off for what the router reads, (N, C): (N, n_block G)."""
-        key, attend = product(router.query_key_value), self._attend(router)
-        sizes, shift = parts(router.query_key_value), router.shift
-        return lambda x: experts_off(attend(*key(x).split(sizes, 1)) + shift)
+        query_key_value, sizes = product(router.query_key_value), parts(router.query_key_value)
+        decide = self._decide(router)
+        return lambda x: decide(*query_key_value(x).split(sizes, dim=1))
 
     def _feed_forward(self, layer: EncoderLayer | DecoderLayer) -> Callable[..., Tensor]:
         """x + FeedForward(LN(x)), (N, C); which experts are off comes from the block's own router,
@@ -199,20 +204,20 @@ class Inference:
                 read = project(layer.ln_ff, ff.w1)
                 return lambda x, off: write(*read(x), off, x)
             read = project(layer.ln_ff, router.query_key_value, ff.w1)
-            attend, shift = self._attend(router), router.shift
+            decide = self._decide(router)
 
             def small(x: Tensor, _: None) -> Tensor:
                 q, key_value, hidden = read(x)
-                return write(hidden, experts_off(attend(q, key_value) + shift), x)
+                return write(hidden, decide(q, key_value), x)
 
             return small
 
         ln, w1, sparse = norm(layer.ln_ff), product(ff.w1), SparseToken(ff)
-        decide = None if router is None else self._router(router)
+        own_router = None if router is None else self._router(router)
 
         def large(x: Tensor, off: Tensor | None) -> Tensor:
             y = ln(x)
-            off = off if decide is None else decide(y)
+            off = off if own_router is None else own_router(y)
             if off is not None:
                 r = (~off).to(y.dtype)
                 if ff.sparse_pays(r):
