@@ -11,6 +11,7 @@ computes stands there, and at its start an Inference is compared with it. In sha
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ LARGE = 2**17  # weights; one row is multiplied by so many on all threads, and t
 class Inference:
     """A model that draws, from the weights of a ParallelEncoderDecoder, as if in evaluation.
 
+    With `compile` two graphs are compiled when they first come, each in up to half a minute: the
+    step of one token, and the reading of a window that has moved; again for another number of texts
+    or length of the cache (prompt and new tokens, up to the block). Small models then draw half as
+    fast again, or twice as fast; large ones gain nothing, and experts that are off are computed.
+
     Raises ValueError where it gives other logits than the model, as after a change of model.py.
     """
 
@@ -40,10 +46,13 @@ class Inference:
 
     training = property(lambda self: self.model.training)
 
-    def __init__(self, model: ParallelEncoderDecoder):
+    def __init__(self, model: ParallelEncoderDecoder, compile: bool = False):
         self.model, self.config = model, model.config
         self.eval, self.train = model.eval, model.train
-        self.cache, self.shape = None, (0, 0)  # of the call at hand
+        self.cache, self.shape, self.start = None, (0, 0), 0  # of the call at hand
+        self.compile = False  # not while it compares itself with the model
+        self.compiled: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+        self.moved = self.config.block_size + 1 - max(1, self.config.block_size // 2)  # tokens then
         try:
             parallel = self.config.arch == "parallel"
             self.w_in = product(model.w_in) if parallel else None
@@ -57,33 +66,71 @@ class Inference:
             raise
         except (AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"inference.py does not fit model.py: {error}") from error
+        self.compile = compile
 
     def __call__(self, idx: Tensor, cache: Cache | None = None) -> ModelOutput:
         """The logits (B, 1, V) of what follows idx (B, T), as the model gives them."""
         if cache is None:
             return self.model(idx)
         self.model._check(idx, None, cache)
-        config, (B, T), start = self.config, idx.shape, cache.length
-        self.cache, self.shape, end = cache, (B, T), start + T
+        self.cache, self.shape, start = cache, tuple(idx.shape), cache.length
+        again = start > 0 or (cache.buffers and idx.size(1) == self.moved)
+        if self.compile and again and torch.is_inference_mode_enabled():
+            where = torch.full((1,), start, device=idx.device) if start else 0
+            # Type and strides are compiled, too.
+            idx = idx.to(torch.long, copy=True, memory_format=torch.contiguous_format)
+            logits = self._compiled()(idx, where)
+        else:
+            logits = self._read(idx, start)
+        cache.length, self.cache = start + idx.size(1), None
+        return ModelOutput(logits, None, {})
+
+    def _read(self, idx: Tensor, start: int | Tensor) -> Tensor:
+        """The logits of idx at the position `start`, which is a tensor (1,) for one graph of a
+        single token to serve all positions."""
+        config, (B, T), self.start = self.config, self.shape, start
         tok_emb, pos_emb = self.model.tok_emb.weight, self.model.pos_emb.weight
-        emb = (F.embedding(idx, tok_emb) + pos_emb[start:end]).view(B * T, -1)
+
+        def positions(first: int | Tensor) -> Tensor:
+            return pos_emb[first] if isinstance(first, Tensor) else pos_emb[first : first + T]
+
+        emb = (F.embedding(idx, tok_emb) + positions(start)).view(B * T, -1)
         given: Iterator[Tensor | None] = iter(())
         if self.router is not None:
             given = iter(self.router(emb).split(config.n_expert, dim=-1))
         e, d = emb, emb if self.w_in is None else self.w_in(emb)
         if config.next_position == "add":
-            d = (d.view(B, T, -1) + pos_emb[start + 1 : end + 1]).view(B * T, -1)
+            d = (d.view(B, T, -1) + positions(start + 1)).view(B * T, -1)
         for k, decoder_layer in enumerate(self.decoder):
             if self.encoder:
                 e = self.encoder[k](e, next(given, None))
                 d = decoder_layer(d, e, next(given, None))
             else:
                 d = decoder_layer(d, next(given, None))
-        cache.length, self.cache = end, None
         out = self.ln_out(d.view(B, T, -1)[:, -1])
         if config.next_position == "subtract":
-            out = out - pos_emb[end]
-        return ModelOutput(linear(out, tok_emb).unsqueeze(1), None, {})
+            out = out - pos_emb[start + T]
+        return linear(out, tok_emb).unsqueeze(1)
+
+    def _compiled(self) -> Callable[..., Tensor]:
+        """`_read` for the shapes at hand. Between its calls in `stream` nothing changes but tokens,
+        position and buffers: so they are not checked, which would take a fifth of the time."""
+        device = self.model.pos_emb.weight.device.type
+        key = (
+            *self.shape,
+            self.cache.batch,
+            self.cache.block_size,
+            torch.is_autocast_enabled(device),
+        )
+        if key not in self.compiled:
+            options = {
+                "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+                "cpp_wrapper": device == "cpu",
+            }
+            self.compiled[key] = torch.compile(
+                self._read, fullgraph=True, dynamic=False, isolate_recompiles=True, options=options
+            )
+        return self.compiled[key]
 
     @torch.inference_mode()
     def _compare(self) -> None:
@@ -98,8 +145,13 @@ class Inference:
         finally:
             model.train(training)
         for tokens in idx.split([length - length // 2] + [1] * (length // 2), dim=1):
+            self.cache, self.shape, found = cache, tuple(tokens.shape), []
+            if tokens.size(1) == 1:  # first as if compiled
+                start = torch.full((1,), cache.length, device=idx.device)
+                found.append(self._read(tokens, start))
             logits = self(tokens, cache).logits
-        difference = (logits - expected).abs().max().item()
+        found = torch.stack([*found, logits])
+        difference = (found - expected).abs().max().item()
         tolerance = max(1e-3, 8 * torch.finfo(logits.dtype).eps)
         if difference > tolerance * max(1.0, expected.abs().max().item()):
             raise ValueError(
@@ -152,18 +204,26 @@ class Inference:
         sizes = projections.sizes[-2:]
 
         def attend(q: Tensor, key_value: Tensor) -> Tensor:
-            cache, (B, T) = self.cache, self.shape
-            start, end = cache.length, cache.length + T
+            cache, (B, T), start = self.cache, self.shape, self.start
             if owner not in cache.buffers:
-                new = key_value.new_empty(cache.batch, cache.block_size, sum(sizes))
+                # Zeros, since compiled code multiplies what is not written yet by 0.
+                new = key_value.new_zeros(cache.batch, cache.block_size, sum(sizes))
                 heads = [t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in new.split(sizes, 2)]
                 cache.buffers[owner] = new, *heads
             buffer, k, v = cache.buffers[owner]
+            if isinstance(start, Tensor):  # the whole buffer; sums, which fuse, for products
+                buffer.index_copy_(1, start, key_value.view(B, 1, -1))
+                k, v = (t.unflatten(2, (n_head, -1)) for t in buffer.split(sizes, dim=2))
+                q = q.view(B, 1, n_head, -1)
+                A = (q * k).sum(dim=3, keepdim=True) * q.size(3) ** -0.5  # (B, S, n_head, 1)
+                unseen = torch.arange(buffer.size(1), device=q.device).view(-1, 1, 1) > start
+                A = A.masked_fill(unseen, -torch.inf).softmax(dim=1)
+                return (A * v).sum(dim=1).view(B, -1)
             if T == 1:  # the fewest calls
                 buffer.select(1, start).copy_(key_value)
             else:
                 buffer.narrow(1, start, T).copy_(key_value.view(B, T, -1))
-            k, v = k.narrow(2, 0, end), v.narrow(2, 0, end)
+            k, v = k.narrow(2, 0, start + T), v.narrow(2, 0, start + T)
             if B < cache.batch:
                 k, v = k[:B], v[:B]
             q = q.view(B, T, n_head, -1).transpose(1, 2)
@@ -280,8 +340,11 @@ def experts_off(A: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear of x (N, D). On a CPU one row is multiplied by a piece of a large weight on each
     thread, since BLAS uses one thread for it: 19 instead of 13 GB/s on two cores."""
+    small = weight.numel() < LARGE or weight.device.type != "cpu"
+    if len(x) > 1 or small or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     n = min(torch.get_num_threads(), len(weight) // 64)  # pieces
-    if len(x) > 1 or n < 2 or weight.numel() < LARGE or weight.device.type != "cpu":
+    if n < 2:
         return F.linear(x, weight, bias)
     rows = len(weight) // n * n
     pieces = weight[:rows].view(n, -1, weight.size(1)).mT

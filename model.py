@@ -706,12 +706,13 @@ def sample_token(
         raise ValueError(f"top_k={top_k}: must be at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be in (0, 1], or None for all tokens")
-    if not logits.amax(dim=-1).isfinite().all():
+    logits = logits.float()
+    highest = logits.amax(dim=-1, keepdim=True)
+    if not math.isfinite(highest.sum()):  # one look at the device for all rows
         raise ValueError("the logits are not finite, hence some of the model's weights")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+    logits = (logits - highest) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

@@ -33,6 +33,7 @@ show_experts = False  # colour each token by its experts, in a terminal or with 
 html = ""  # a page to write, which shows what the experts do at each token
 checkpoint = "ckpt.pt"  # or ckpt_best.pt, where train.py left one
 device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
+compile = False  # torch.compile: small models draw faster after a minute of compiling
 # -----------------------------------------------------------------------------
 globals().update(override(globals(), sys.argv[1:]))
 
@@ -95,7 +96,7 @@ try:
 
     reader = model
     try:
-        reader = Inference(model)
+        reader = Inference(model, compile)
     except ValueError as error:
         print(f"sample.py: {error}; drawing by model.py, which takes longer", file=sys.stderr)
     samples = [Sample(ids) for _ in range(num_samples)]
@@ -134,6 +135,10 @@ try:
     sys.exit(130 if interrupted else 0)
 except (ValueError, OSError, torch.OutOfMemoryError) as error:
     fail(str(error).partition("\n")[0])
+except RuntimeError as error:
+    if not (compile and "Compiler" in type(error).__name__ + str(error)):
+        raise
+    fail(f"compile=True: there is no C++ compiler that works ({str(error).strip()[:200]})")
 except KeyboardInterrupt:
     print()
     sys.exit(130)

@@ -4,9 +4,11 @@ python -m pytest test_inference.py
 """
 
 import math
+import shutil
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import inference as inference_file
@@ -43,6 +45,64 @@ def test_logits_and_text_are_those_of_the_model(fields, size):
     expected = model.generate(text[:, :5], **how, use_cache=False)
     for batch in (1, 10):
         assert torch.equal(fast.generate(text[:batch, :5], **how), expected[:batch])
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """torch.compile makes the graph, checked as it was asked for, and runs it as it is."""
+
+    def compile(*args, options, **how):
+        guards = {"guard_filter_fn": options["guard_filter_fn"]}
+        return torch_compile(*args, backend="eager", options=guards, **how)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+
+
+@torch.inference_mode()
+def compare_compiled(fields, batch, lengths=(5, 7, 5)):
+    """Logits of one and the same Inference for several texts, past the block of 16."""
+    model = build(fields)
+    fast, how = Inference(model, compile=True), dict(max_new_tokens=30, temperature=0)
+    for length in lengths:
+        text = random_ids(batch, length)
+        assert torch.equal(fast.generate(text, **how), model.generate(text, **how))
+    assert {shape[1] for shape in fast.compiled} == {1, 9}  # a step; a window that has moved
+    text, cache = random_ids(batch, 16), Cache(batch, 16)
+    expected = all_logits(model, text)
+    for start, end in [(0, 5), *((t, t + 1) for t in range(5, 16))]:
+        logits = fast(text[:, start:end], cache=cache).logits[:, 0]
+        torch.testing.assert_close(logits, expected[:, end - 1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_expert": 8, "lateral": True, "cross_first": True},
+        {"n_expert": 8, "router_input": "embedding", "expert_site": "output", "bias": True},
+        {"arch": "decoder_only", "n_expert": 8, "next_position": "add"},
+        {"decoder_self_attention": False, "next_position": "subtract", "n_cross_head": 4},
+    ],
+)
+@pytest.mark.parametrize("large", [False, True])
+def test_compiled_draws_are_those_of_the_model(fields, large, eager_backend, monkeypatch):
+    """Two models and sizes in one process, as the code is not checked to fit."""
+    if large:
+        monkeypatch.setattr(inference_file, "LARGE", 1)
+    compare_compiled(fields, batch=1)
+    compare_compiled(fields | {"n_layer": 1}, batch=3)
+
+
+def test_what_is_compiled_is_compared_with_the_model(monkeypatch):
+    monkeypatch.setattr(Tensor, "index_copy_", lambda self, *_: self)
+    with pytest.raises(ValueError, match="other logits than model.py, by "):
+        Inference(build(), compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_by_inductor():
+    compare_compiled({"n_layer": 1, "n_expert": 8}, batch=2, lengths=(5,))
 
 
 def test_one_prompt_for_all_rows_and_draws_of_their_own():

@@ -344,12 +344,15 @@ def test_learns_one_batch_by_heart(fields):
     model = build(fields, spread=False).train()
     idx, targets = random_ids(2, 16), random_ids(2, 16, seed=2)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
     for _ in range(200):
         output = model(idx, targets)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-    assert model.eval()(idx, targets).metrics["cross_entropy"] < 0.05
+        schedule.step()
+    # The penalties end near 0.05; guessing is 4.2.
+    assert model.eval()(idx, targets).metrics["cross_entropy"] < 0.1
 
 
 @every_variant
@@ -698,16 +701,18 @@ def test_more_weight_on_a_penalty_gives_less_of_it():
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
         generator = torch.Generator().manual_seed(0)
         windows = ids.unfold(0, 33, 33)
-        for _ in range(150):
+        for _ in range(80):
             batch = windows[torch.randint(len(windows), (8,), generator=generator)]
             optimizer.zero_grad()
             model(batch[:, :-1], batch[:, 1:]).loss.backward()
             optimizer.step()
         return model.eval()(windows[:64, :-1], windows[:64, 1:]).metrics
 
-    on = [train(l1_weight=weight)["experts_on"].item() for weight in (0.0, 0.1, 1.0)]
+    free = train()
+    on = [metrics["experts_on"] for metrics in (free, train(l1_weight=0.1), train(l1_weight=1.0))]
     assert on[0] > on[1] > on[2]
-    bits = [train(entropy_weight=weight)["entropy"].item() for weight in (0.0, 0.1, 1.0)]
+    runs = free, train(entropy_weight=0.1), train(entropy_weight=1.0)
+    bits = [metrics["entropy"] for metrics in runs]
     assert bits[0] > bits[1] > bits[2]
 
 

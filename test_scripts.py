@@ -15,11 +15,13 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -877,13 +879,15 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def run_two(folder, *args):
-    """Runs train.py as two processes."""
-    done = subprocess.run(
-        [*TORCHRUN, str(HERE / "train.py"), *args],
-        cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    """Runs train.py as two processes, as torchrun does; what the first one printed."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [{**OFFLINE, **world, "RANK": k, "LOCAL_RANK": k} for k in "01"]
+        one, two = pool.map(lambda env: run(folder, "train.py", *args, env=env), ranks)
+    assert one.returncode == two.returncode == 0, one.stdout + one.stderr + two.stderr
+    return one
 
 
 def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated):

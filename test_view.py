@@ -20,6 +20,7 @@ import torch
 from config import printable
 from model import ModelConfig, ParallelEncoderDecoder
 from prepare_shakespeare import Tokenizer
+from test_scripts import OFFLINE, run
 from view import Seen, in_colour, see, write_html
 
 HERE = Path(__file__).parent
@@ -138,12 +139,8 @@ def test_the_page_holds_the_texts_and_no_markup_of_theirs(tmp_path, model, token
 
 
 def sample(folder, *args, **env):
-    command = [sys.executable, str(HERE / "sample.py"), "--device=cpu", "--max_new_tokens=12"]
-    return subprocess.run(
-        [*command, "--start=ab", *args],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "", **env},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    args = ("--device=cpu", "--max_new_tokens=12", "--start=ab", *args)
+    return run(folder, "sample.py", *args, env={**OFFLINE, "FORCE_COLOR": "", **env})
 
 
 def test_sample_colours_where_it_is_asked_to(folder):

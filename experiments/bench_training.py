@@ -9,8 +9,8 @@ Speed is relative to the decoder-only model: seven layers, whose matrices three 
 match (28 C² a layer against 12 C²). The lateral variant has 25 C² a layer, which no shallow
 decoder-only model meets within 2 %: so there are deep models too, ten lateral layers beside 21
 decoder-only ones (250 C² and 252 C²), and in the other tables its speed x parameters to be read.
-The share of the GEMM peak is of the peak measured right before each turn, as a shared machine's
-changes from minute to minute.
+The share of the GEMM peak is of the peak measured right before each turn, since that of a shared
+machine changes from minute to minute.
 
 The peers run in their fastest fair setting: fused attention, no dropout, the exact GELU in one
 call; x-transformers without biases and with a tied output, as ours. GPT-2 always has biases, and
