@@ -36,8 +36,9 @@ class Inference:
 
     With `compile` two graphs are compiled when they first come, each in up to half a minute: the
     step of one token, and the reading of a window that has moved; again for another number of texts
-    or length of the cache (prompt and new tokens, up to the block). Small models then draw half as
-    fast again, or twice as fast; large ones gain nothing, and experts that are off are computed.
+    or length of the cache (prompt and new tokens, up to the block). What the compiler makes of them
+    is not compared with the model. Small models then draw half as fast again, or twice as fast;
+    large ones gain nothing, and experts that are off are computed.
 
     Raises ValueError where it gives other logits than the model, as after a change of model.py.
     """
@@ -116,12 +117,9 @@ class Inference:
         """`_read` for the shapes at hand. Between its calls in `stream` nothing changes but tokens,
         position and buffers: so they are not checked, which would take a fifth of the time."""
         device = self.model.pos_emb.weight.device.type
-        key = (
-            *self.shape,
-            self.cache.batch,
-            self.cache.block_size,
-            torch.is_autocast_enabled(device),
-        )
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        (buffer, *_), *_ = self.cache.buffers.values()
+        key = *self.shape, *buffer.shape, buffer.dtype, autocast
         if key not in self.compiled:
             options = {
                 "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,

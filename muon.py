@@ -86,14 +86,41 @@ class Muon(torch.optim.Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             for p, update in zip(weights, updates, strict=True):
-                for part in zip(p.split(group["rows"]), update.split(group["rows"]), strict=True):
+                moved, rows = p, group["rows"]
+                if is_sharded(p):  # whole for this step, one weight at a time
+                    update = update.full_tensor()
+                    moved = torch.zeros_like(update)
+                for part in zip(moved.split(rows), update.split(rows), strict=True):
                     batches[part[0].shape, group["lr"]].append(part)
+                if moved is not p:
+                    self._move(batches)
+                    p.add_(share_of(p, moved))
+        self._move(batches)
+
+    def _move(self, batches: dict[tuple[torch.Size, float], list[tuple[Tensor, Tensor]]]) -> None:
+        """Moves the matrices by their updates, orthogonalised, and forgets them."""
         for ((rows, columns), lr), parts in batches.items():
             weights, updates = zip(*parts, strict=True)
             X = torch.stack(updates)
             bfloat16 = X.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             X = orthogonalize(X.bfloat16() if bfloat16 else X).to(X.dtype)
             torch._foreach_add_(weights, X.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)
+        batches.clear()
+
+
+def is_sharded(p: Any) -> bool:
+    """Whether p is a DTensor, as `fully_shard` makes them; the class takes a second to import."""
+    return hasattr(p, "full_tensor")
+
+
+def share_of(p: Tensor, whole: Tensor) -> Tensor:
+    """`whole`, the same tensor in all processes, sharded as p is; as it is where p is not."""
+    if not is_sharded(p) or whole.shape != p.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = whole.to(p.device)
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def configure_optimizers(

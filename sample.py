@@ -93,6 +93,7 @@ try:
     ids = tokenizer.encode(start)
     if not ids:
         raise ValueError("start: is empty; give at least one character")
+    tokenizer.encode(stop)  # which a vocabulary that lacks a character of it could never write
 
     reader = model
     try:
@@ -136,9 +137,9 @@ try:
 except (ValueError, OSError, torch.OutOfMemoryError) as error:
     fail(str(error).partition("\n")[0])
 except RuntimeError as error:
-    if not (compile and "Compiler" in type(error).__name__ + str(error)):
+    if not (compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
         raise
-    fail(f"compile=True: there is no C++ compiler that works ({str(error).strip()[:200]})")
+    fail(f"compile=True: {str(error).strip().partition(chr(10))[0]}; leave --compile out")
 except KeyboardInterrupt:
     print()
     sys.exit(130)

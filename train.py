@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
@@ -36,13 +37,15 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import load_checkpoint, write_whole
 from config import fail, override, pick_device
 from model import (
+    DecoderLayer,
+    EncoderLayer,
     Mask,
     ModelConfig,
     ParallelEncoderDecoder,
     mask_statistics,
     penalty_growth,
 )
-from muon import Muon, configure_optimizers
+from muon import Muon, configure_optimizers, is_sharded, share_of
 from prepare_shakespeare import SHAKESPEARE, load_data, prepare
 
 # -----------------------------------------------------------------------------
@@ -111,6 +114,7 @@ lr_decay_iters = 5000  # usually max_iters
 min_lr = 3e-4  # usually learning_rate / 10
 # system
 backend = "auto"  # of torchrun: nccl on CUDA, else gloo
+fsdp = False  # under torchrun: each process holds a share of the model and the optimizer, not all
 device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
 dtype = "auto"  # bfloat16 on CUDA where it has it, else float32; or bfloat16, float32
 compile = False  # torch.compile: faster steps after a minute of compiling
@@ -155,6 +159,8 @@ if not 0 <= muon_momentum < 1:
     fail(f"muon_momentum={muon_momentum}: must be at least 0 and less than 1")
 if max_seconds and not max_iters:
     fail("max_iters=0: must be at least 1 with max_seconds")
+if fsdp and "RANK" not in os.environ:
+    fail("fsdp=True: shards a model over processes; start them with torchrun, or set --fsdp=False")
 
 
 def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -198,7 +204,9 @@ if dtype == "auto":
     dtype = "bfloat16" if has_it else "float32"
 if device_type == "cuda":
     torch.set_float32_matmul_precision("high")  # TF32
-autocast = torch.autocast(device_type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+autocast = nullcontext()
+if dtype == "bfloat16":  # it keeps no copies of what fsdp gathers
+    autocast = torch.autocast(device_type, torch.bfloat16, cache_enabled=not fsdp)
 
 # One run at a time writes to out_dir: its lock goes when the process ends, however that comes
 # about. Where there are no such locks, as on Windows, runs are not told from each other.
@@ -236,10 +244,11 @@ decisions = None  # which experts were on at the last evaluation
 try:
     torch.manual_seed(seed)
     if init_from == "resume":
-        raw_model, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), device)
+        raw_model, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), "cpu" if fsdp else device)
         start_iter, start_seconds = checkpoint["iter_num"], checkpoint["seconds"]
         best_val_loss = checkpoint["best_val_loss"]
         saved_is_best, decisions = checkpoint["is_best"], checkpoint["decisions"]
+        print(f"goes on from {out_dir}/ckpt.pt, saved after {start_iter} iterations")
         if checkpoint["tokenizer"] != asdict(tokenizer):
             raise ValueError(f"{data_dir}: not the vocabulary that {out_dir} was trained with")
         for name, value in asdict(raw_model.config).items():
@@ -250,7 +259,22 @@ try:
         model_args = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
         config = ModelConfig(vocab_size=tokenizer.vocab_size, **model_args)
         raw_model = ParallelEncoderDecoder(config)
-        raw_model.to(device)
+        if not fsdp:
+            raw_model.to(device)
+    if fsdp:  # layer by layer, so that the device never has to hold the whole model
+        from torch.distributed.device_mesh import init_device_mesh  # these take a second
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        # A layer gives on the mask that it got, a view, which nobody changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        mesh = init_device_mesh(device_type, (world_size,))
+        for module in list(raw_model.modules()):
+            if isinstance(module, (EncoderLayer, DecoderLayer)):
+                fully_shard(module, mesh=mesh)
+        if raw_model.config.arch == "parallel":  # encoder_loss uses a norm of this layer after it
+            raw_model.decoder[-1].set_reshard_after_forward(False)
+        fully_shard(raw_model, mesh=mesh)
+        register_fsdp_forward_method(raw_model, "expert_masks")
     for part, tokens in data.items():
         if len(tokens) <= block_size:
             raise ValueError(
@@ -266,9 +290,13 @@ try:
             raise ValueError(
                 f"optimizer={optimizer!r}: {out_dir} was trained with {trained_with!r}"
             )
-        for opt, saved in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
+        for opt in optimizers:
             # The groups stay as they are: the settings count, not the checkpoint's.
-            opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
+            state = checkpoint["optimizers"].pop(0)["state"]
+            held = [p for group in opt.param_groups for p in group["params"]]
+            for k in state:
+                state[k] = {name: share_of(held[k], value) for name, value in state[k].items()}
+            opt.load_state_dict(opt.state_dict() | {"state": state})
 except KeyError as error:
     fail(f"{out_dir}/ckpt.pt: has no entry {error}; it was not written by this train.py")
 except (ValueError, RuntimeError) as error:  # the latter: a seed too large, no memory
@@ -277,8 +305,9 @@ has_experts = raw_model.config.n_expert > 0
 if has_experts:
     full_penalty_weights = raw_model.penalty_weights.clone()
 model = torch.compile(raw_model) if compile else raw_model
-if ddp:
+if ddp and not fsdp:
     model = DistributedDataParallel(model, forward_sync_buffers=False)
+evaluates = master or fsdp  # a model in shares needs all of them, and all compute the same
 
 
 def get_batch(split: str, *key: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,7 +331,7 @@ def to_device(window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return window[:, :-1], window[:, 1:]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference_mode what fsdp gathers could not be trained
 def evaluate(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """The model's metrics in evaluation, their mean over all tokens of the batches."""
     raw_model.eval()
@@ -319,7 +348,8 @@ def evaluate(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, 
 def estimate_loss(split: str) -> float:
     """Cross-entropy over eval_iters batches of a split, the same ones at every evaluation."""
     part = {"train": 1, "val": 2}[split]
-    return evaluate(get_batch(split, part, k) for k in range(eval_iters))["cross_entropy"]
+    loss = evaluate(get_batch(split, part, k) for k in range(eval_iters))["cross_entropy"]
+    return agree(loss)[0] if fsdp else loss  # so that all see it improve, or none
 
 
 def whole_val() -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
@@ -344,7 +374,7 @@ def expert_statistics() -> dict[str, list]:
     stats = mask_statistics(Mask(m, m), l1_norm)
     before, decisions = decisions, m >= 0.5
     if before is not None:
-        stats["changed"] = (decisions != before).float().mean(dim=(-3, -2, -1))
+        stats["changed"] = (decisions != before.to(m.device)).float().mean(dim=(-3, -2, -1))
     return {name: value.tolist() for name, value in stats.items()}
 
 
@@ -363,8 +393,8 @@ def save_checkpoint(is_best: bool) -> None:
     """Writes out_dir/ckpt.pt. ckpt_best.pt is there where the best one is an older one."""
     global saved_is_best, saved_iter
     checkpoint = {
-        "model": raw_model.state_dict(),
-        "optimizers": [opt.state_dict() for opt in optimizers],
+        "model": gather(raw_model.state_dict()),
+        "optimizers": [gather(opt.state_dict()) for opt in optimizers],
         "model_args": asdict(raw_model.config),
         "iter_num": iter_num,
         "seconds": seconds,
@@ -375,20 +405,34 @@ def save_checkpoint(is_best: bool) -> None:
         "config": settings,
     }
     path, best = Path(out_dir, "ckpt.pt"), Path(out_dir, "ckpt_best.pt")
+    before, saved_is_best, saved_iter = saved_is_best, is_best, iter_num
+    if not master:
+        return
     try:
-        if saved_is_best and not is_best and path.exists():
+        if before and not is_best and path.exists():
             with open(path, "rb") as old:
                 write_whole(best, partial(shutil.copyfileobj, old))
         write_whole(path, partial(torch.save, checkpoint))
         if is_best:
             best.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        fail(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}")
-    saved_is_best, saved_iter = is_best, iter_num
+        end_run(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+def gather(state: Any) -> Any:
+    """A state_dict with its sharded tensors whole, on the CPU, and in the master alone."""
+    if isinstance(state, dict):
+        return {name: gather(value) for name, value in state.items()}
+    if not is_sharded(state):
+        return state
+    whole = state.full_tensor()
+    return whole.cpu() if master else None
 
 
 def log_evaluation(**row: float) -> None:
     """Appends a row to out_dir/log.jsonl, and to wandb where asked for."""
+    if not master:
+        return
     path, before = Path(out_dir, "log.jsonl"), 0
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -397,7 +441,7 @@ def log_evaluation(**row: float) -> None:
     except OSError as error:
         with suppress(OSError):  # where not even the file could be made
             os.truncate(path, before)  # no half a line
-        fail(f"{path}: cannot be written: {error.strerror}")
+        end_run(f"{path}: cannot be written: {error.strerror}")
     if wandb_log:
         wandb.log({name: float(np.mean(value)) for name, value in row.items()})
 
@@ -423,7 +467,7 @@ def agree(*values: float) -> list[float]:
 
 
 def end_run(message: str) -> NoReturn:
-    """Ends all processes, which agree on it: the master with the line, the others without."""
+    """Ends this process, the master with the line; all come here, or lose the master and end."""
     try:
         if master:
             fail(message)
@@ -481,7 +525,7 @@ while True:
 
     # Evaluate, and save. A resumed run did that before it stopped.
     due = iter_num % eval_interval == 0 or finished
-    if master and (eval_only or (due and (iter_num == 0 or iter_num != start_iter))):
+    if evaluates and (eval_only or (due and (iter_num == 0 or iter_num != start_iter))):
         began = time.perf_counter()
         losses = {split: estimate_loss(split) for split in data}
         print(
@@ -489,7 +533,7 @@ while True:
             flush=True,
         )
         if not math.isfinite(losses["val"]):
-            fail(f"the loss is {losses['val']} at iteration {iter_num}; lower --learning_rate")
+            end_run(f"the loss is {losses['val']} at iteration {iter_num}; lower --learning_rate")
         if not eval_only:
             log_evaluation(
                 iter=iter_num,
@@ -508,7 +552,7 @@ while True:
     if finished or eval_only:
         break
     if stop:
-        if master and saved_iter != iter_num:
+        if evaluates and saved_iter != iter_num:
             save_checkpoint(is_best=False)
         again = [arg for arg in sys.argv if arg != "--init_from=resume"]
         start_with = "python"
@@ -537,7 +581,7 @@ while True:
     logged = torch.zeros(2, device=device)  # the loss, and the share of experts on
     for micro_step in range(micro_steps):
         x, y = get_batch("train", 0, iter_num, micro_step * world_size + rank)
-        if ddp:  # the gradients are averaged over the processes once, in the last micro-step
+        if ddp and not fsdp:  # averages the gradients once, in the last micro-step
             model.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
             output = model(x, y)
@@ -547,6 +591,8 @@ while True:
             logged[1] += output.metrics["experts_on"] / micro_steps
     grads = [p.grad for p in params if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm(grads)
+    if fsdp:
+        grad_norm = grad_norm.full_tensor()
     if math.isfinite(grad_norm.item()):
         bad_steps = 0
         if grad_clip > 0:
@@ -588,7 +634,7 @@ while True:
 
 for number in (signal.SIGINT, signal.SIGTERM):  # what is left to do is not saved
     signal.signal(number, signal.SIG_DFL)
-if master:
+if evaluates:
     val = evaluate(whole_val())
     experts = f", experts on {val['experts_on']:.1%}" if "experts_on" in val else ""
     print(
@@ -601,10 +647,11 @@ if master:
         )
         has_newline = tokenizer.kind == "gpt2" or "\n" in tokenizer.chars
         prompt = "\n" if has_newline else tokenizer.chars[0]
-        idx = torch.tensor([tokenizer.encode(prompt)], device=device)
-        torch.manual_seed(seed)
-        idx = raw_model.generate(idx, 300, temperature=0.8, top_k=200)
-        print(f"\nA sample:\n{tokenizer.decode(idx[0].tolist())}\n")
+        if not fsdp:  # which would gather all layers for each token
+            idx = torch.tensor([tokenizer.encode(prompt)], device=device)
+            torch.manual_seed(seed)
+            idx = raw_model.generate(idx, 300, temperature=0.8, top_k=200)
+            print(f"\nA sample:\n{tokenizer.decode(idx[0].tolist())}\n")
         if Path(out_dir, "ckpt.pt").exists():
             command = ["python", "sample.py", f"--out_dir={out_dir}"]
             command += [] if has_newline else [f"--start={prompt}"]

@@ -26,10 +26,10 @@ on_cuda = {
 
 on_cpu = {
     "block_size": 64,
-    "batch_size": 12,
-    "n_layer": 2,
+    "batch_size": 16,
+    "n_layer": 3,
     "n_head": 3,
-    "n_embd": 93,
+    "n_embd": 96,
     "dropout": 0.0,
     "learning_rate": 1e-2,
     "lr_schedule": "linear",
@@ -37,9 +37,9 @@ on_cpu = {
     "muon_momentum": 0.9,
     "beta2": 0.99,
     "grad_clip": 0.0,
-    "warmup_iters": 60,
-    "max_iters": 3000,
-    "lr_decay_iters": 3000,
+    "warmup_iters": 120,
+    "max_iters": 4150,
+    "lr_decay_iters": 4150,
     "eval_iters": 20,
     "compile": False,
 }

@@ -10,7 +10,7 @@ with weights as they start. All draw from all tokens at temperature 1.
 Ours draws by inference.py, as sample.py does, or, where the table says so, by model.generate alone.
 
 Texts: 500 characters by the CPU preset's model, its experts included, and by GPT-2s of as many
-parameters: with as many blocks (4 layers), and with the 2 layers of the decoder-only preset. GPT-2
+parameters: with as many blocks (4 layers), and with the 3 layers of the decoder-only preset. GPT-2
 reads no more than its positions, hence 512 of them; ours has a block of 64, which moves as the text
 grows, or of 512 as well. One by one is one text with `use_cache=False`, times the number of texts.
 GPT-2 draws by `generate`, as users call it, or by the shortest loop around its model. Compiled,
@@ -120,25 +120,28 @@ def of(drawer: Drawer) -> torch.nn.Module:
     return drawer.model if isinstance(drawer, Inference) else drawer
 
 
-def bare_loop(model: Callable[..., Any], idx: Tensor, tokens: int, past: Any = None) -> None:
+def bare_loop(model: Callable[..., Any], idx: Tensor, tokens: int, past: Any = None) -> Tensor:
     """The least that draws text from a GPT-2 with its cache, which `past` may be."""
+    drawn = []
     for k in range(tokens):
         here = torch.full((1, 1), k)
         out = model(idx, past_key_values=past, use_cache=True, position_ids=here)
         idx, past = out.logits[:, -1].softmax(dim=-1).multinomial(1), out.past_key_values
+        drawn.append(idx)
+    return torch.cat(drawn, dim=1)
 
 
-def static(model: GPT2LMHeadModel) -> Callable[[Tensor, int], None]:
+def static(model: GPT2LMHeadModel) -> Callable[[Tensor, int], Tensor]:
     """The same, compiled as ours is, as a function of the tokens and how many to draw."""
     options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     how = dict(fullgraph=True, dynamic=False, isolate_recompiles=True, options=options)
     step, c = torch.compile(model.forward, **how), model.config
 
-    def loop(idx: Tensor, tokens: int) -> None:
+    def loop(idx: Tensor, tokens: int) -> Tensor:
         cache = StaticCache(config=c, max_cache_len=c.n_positions)
         sizes = len(idx), c.n_head, c.n_embd // c.n_head
         cache.early_initialization(*sizes, dtype=torch.float32, device=idx.device)
-        bare_loop(step, idx, tokens, cache)
+        return bare_loop(step, idx, tokens, cache)
 
     return loop
 
@@ -163,11 +166,11 @@ def ratio(slow: list[float], fast: list[float]) -> float:
 
 def measure_texts() -> list[dict]:
     """Rows of the first table."""
-    preset = dict(vocab_size=65, n_layer=2, n_head=2, n_embd=64, n_expert=16)
+    preset = dict(vocab_size=65, n_layer=2, n_head=2, n_embd=80, n_expert=16)
     ours = {n: build_ours(block_size=n, **preset) for n in (64, 512)}
     peers = {
-        f"{GPT2}, 4 layers": build_gpt2(65, 512, n_layer=4, n_head=2, n_embd=68),
-        f"{GPT2}, 2 layers": build_gpt2(65, 512, n_layer=2, n_head=2, n_embd=94),
+        f"{GPT2}, 4 layers": build_gpt2(65, 512, n_layer=4, n_head=2, n_embd=84),
+        f"{GPT2}, 3 layers": build_gpt2(65, 512, n_layer=3, n_head=3, n_embd=96),
     }
     rows, one_by_one, zero = [], "ours, one by one, no cache", torch.zeros(1, 1, dtype=torch.long)
 
@@ -190,6 +193,9 @@ def measure_texts() -> list[dict]:
         tasks = {name: partial(draw, model, batch) for name, model in models.items()}
         for name, peer in peers.items():
             loops = {"bare loop": partial(bare_loop, peer), "compiled": static(peer)}
+            with torch.inference_mode(), torch.random.fork_rng():
+                drawn = [(torch.manual_seed(0), loop(zero, 20))[1] for loop in loops.values()]
+            assert torch.equal(*drawn), "compiled, GPT-2 draws another text"
             for how, loop in loops.items():
                 models[f"{name}, {how}"] = peer
                 tasks[f"{name}, {how}"] = partial(draw, peer, batch, bare=loop)

@@ -2,16 +2,19 @@
 
     python experiments/faults.py        about twenty minutes; writes experiments/faults.json
 
-One run is killed (kill -9) a hundred times, at random moments, half of them while a checkpoint is
-being written, and resumed each time; in the end its losses and weights must be those of a run that
-was left alone, bit for bit. A thousand checkpoints, meta.json and .bin files, damaged at random,
-must each be refused with one line, or do no harm. A text of 100 MB is prepared: how fast, and in
-how much memory?
+One run is ended again and again, at random moments, and resumed each time: killed (kill -9) while
+it trains and while it writes a checkpoint, stopped by SIGINT and SIGTERM, and by a disk that is
+full. Lost is what leaves no whole checkpoint, or none as new as the last one that was there; and in
+the end the run's losses and weights must be those of a run that was left alone, bit for bit. Of a
+thousand damaged checkpoints, meta.json and .bin files each, those are lost that fail with more than
+one line, and checkpoints that are taken with other weights; a token that became another one cannot
+be told. A text of 100 MB is prepared: how fast, and in how much memory?
 """
 
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,7 +22,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +35,15 @@ from checkpoint import load_checkpoint  # noqa: E402
 from prepare_shakespeare import load_data  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
-KILLS, MUTATIONS = 100, 1000
-ITERS = 1500
+ENDS = {
+    "kill -9 while it trains": 50,
+    "kill -9 while it writes a checkpoint": 50,
+    "SIGINT": 25,
+    "SIGTERM": 25,
+    "a full disk": 25,
+}
+MUTATIONS = 1000
+ITERS = 6000
 SETTINGS = (
     "--n_layer=1 --n_head=2 --n_embd=64 --n_expert=8 --block_size=16 --batch_size=4 --eval_iters=1 "
     f"--max_iters={ITERS} --lr_decay_iters={ITERS} --eval_interval=5 --log_interval=1000 "
@@ -39,45 +52,63 @@ SETTINGS = (
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def start(folder: Path, *args: str) -> subprocess.Popen:
+def start(folder: Path, *args: str, **how: Any) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *SETTINGS, *args]
-    return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    output = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **output, **how)
 
 
-def finish(process: subprocess.Popen) -> None:
-    """Waits for the end, which must be a good one."""
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """Waits for the end, which must come with this status; what was said as an error."""
     stderr = process.communicate()[1].decode()
-    if process.returncode:
-        sys.exit(f"train.py ended with status {process.returncode}: {stderr}")
+    if process.returncode != status:
+        sys.exit(f"train.py ended with {process.returncode}, not {status}: {stderr}")
+    return stderr
 
 
-def kill_while_it_trains(folder: Path, rng: random.Random) -> Counter:
-    """Kills and resumes a run in folder/killed; how often a kill met which state."""
-    counts, out = Counter(), folder / "killed"
-    for k in range(KILLS):
-        resume = ["--init_from=resume"] if (out / "ckpt.pt").exists() else []
-        at_writing = k % 2 == 1
-        process = start(folder, "--out_dir=killed", *resume)
-        last = (out / "ckpt.pt").stat().st_mtime_ns if resume else 0
-        while process.poll() is None:  # until it has saved once, so that the run goes on
-            if (out / "ckpt.pt").exists() and (out / "ckpt.pt").stat().st_mtime_ns > last:
-                break
-            time.sleep(0.005)
-        if at_writing:
-            while process.poll() is None and not list(out.glob("*.tmp")):
-                pass
-            time.sleep(rng.random() * 0.003)
-        else:
-            time.sleep(rng.random() * 0.2)
-        if process.poll() is not None:
-            sys.exit(f"the run ended before kill {k}: {process.communicate()[1].decode()}")
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        counts["kills"] += 1
-        counts["kills with a file half written"] += bool(list(out.glob("*.tmp")))
-        load_checkpoint(out / "ckpt.pt")  # raises where it is not whole
+def end(kind: str, folder: Path, rng: random.Random) -> bool:
+    """Goes on with the run in folder/killed, and ends it; whether something was lost."""
+    ckpt = folder / "killed/ckpt.pt"
+    before = load_checkpoint(ckpt)[1]["iter_num"] if ckpt.exists() else 0
+    at, args = (ckpt.stat().st_mtime_ns if before else 0), ["--out_dir=killed"]
+    args += ["--init_from=resume"] if before else []
+    if kind == "a full disk":
+        room = rng.randrange(1000, ckpt.stat().st_size) if before else 10_000
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
+        said = finish(start(folder, *args, preexec_fn=limit), status=2)
+        whole = not before or load_checkpoint(ckpt)[1]["iter_num"] == before
+        return not whole or len(said.splitlines()) != 1
+    process = start(folder, *args)
+    while process.poll() is None:  # until it has saved once, so that the run goes on
+        if ckpt.exists() and ckpt.stat().st_mtime_ns > at:
+            break
+        time.sleep(0.002)
+    if kind == "kill -9 while it writes a checkpoint":
+        while process.poll() is None and not list(ckpt.parent.glob("*.tmp")):
+            pass
+        time.sleep(rng.random() * 0.002)
+    else:
+        time.sleep(rng.random() * 0.1)
+    number, status = {"SIGINT": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}.get(
+        kind, (signal.SIGKILL, -signal.SIGKILL)
+    )
+    if process.poll() is None:
+        process.send_signal(number)
+    finish(process, status)
+    return load_checkpoint(ckpt)[1]["iter_num"] <= before  # raises where it is not whole
+
+
+def end_while_it_trains(folder: Path, rng: random.Random) -> dict[str, Counter]:
+    """Ends and resumes a run in folder/killed; what was lost, by the kind of the end."""
+    ends = [kind for kind, times in ENDS.items() for _ in range(times)]
+    rng.shuffle(ends)
+    counts = {kind: Counter(tried=0, lost=0) for kind in ENDS}
+    for kind in ends:
+        counts[kind]["tried"] += 1
+        counts[kind]["lost"] += end(kind, folder, rng)
+        half = bool(list((folder / "killed").glob("*.tmp")))
+        if kind.startswith("kill -9"):
+            counts[kind]["with a file half written"] += half
     finish(start(folder, "--out_dir=killed", "--init_from=resume"))
     return counts
 
@@ -101,16 +132,18 @@ def damage(content: bytes, rng: random.Random) -> bytes:
     return before + rng.choice(choices) + (after if rng.random() < 0.9 else b"")
 
 
-def try_damaged(path: Path, load, rng: random.Random) -> Counter:
-    """Damages the file at `path` again and again; what `load` then does."""
-    counts, whole = Counter(), path.read_bytes()
+def try_damaged(path: Path, load: Callable[[], bool], rng: random.Random) -> Counter:
+    """Damages the file at `path` again and again; what `load`, true for no effect, then does."""
+    counts, whole = Counter(tried=MUTATIONS, lost=0), path.read_bytes()
     for _ in range(MUTATIONS):
         path.write_bytes(damage(whole, rng))
         try:
-            counts["without effect" if load() else "values changed, unnoticed"] += 1
+            same = load()
+            counts["without effect" if same else "taken with other values"] += 1
+            counts["lost"] += not same and path.suffix == ".pt"
         except ValueError as error:
-            one_line = len(str(error).splitlines()) == 1
-            counts["refused with one line" if one_line else "refused with more"] += 1
+            counts["refused"] += 1
+            counts["lost"] += len(str(error).splitlines()) != 1
     path.write_bytes(whole)
     return counts
 
@@ -148,15 +181,15 @@ def main() -> None:
             [sys.executable, str(ROOT / "prepare_shakespeare.py"), "--input_file=input.txt"],
             cwd=folder, check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        counts = kill_while_it_trains(folder, rng)
+        results |= end_while_it_trains(folder, rng)
         finish(start(folder, "--out_dir=alone"))
         states = [torch.load(folder / out / "ckpt.pt", weights_only=True)["model"]
                   for out in ("killed", "alone")]  # fmt: skip
         same = all(torch.equal(states[0][key], states[1][key]) for key in states[1])
-        counts["weights and losses those of a run left alone, bit for bit"] = int(
-            same and figures(folder / "killed") == figures(folder / "alone")
+        same = same and figures(folder / "killed") == figures(folder / "alone")
+        results["all of these, in one run: its losses and weights"] = Counter(
+            tried=1, lost=int(not same)
         )
-        results["kill -9"] = counts
 
         path = folder / "alone/ckpt.pt"
         results["damaged checkpoint"] = try_damaged(
@@ -172,10 +205,12 @@ def main() -> None:
                 data / file, lambda: values(data) == expected, rng
             )
         results["text of 100 MB"] = {k: round(v, 1) for k, v in prepare_100_mb(folder).items()}
-    print("| tried | outcome | times |\n| --- | --- | ---: |")
+    print("| what | tried | lost | |\n| --- | ---: | ---: | --- |")
     for what, counts in results.items():
-        for outcome, times in counts.items():
-            print(f"| {what} | {outcome} | {times} |")
+        counts = dict(counts)
+        numbers = f"{counts.pop('tried', 1)} | {counts.pop('lost', 0)}"
+        rest = ", ".join(f"{name}: {value}" for name, value in counts.items())
+        print(f"| {what} | {numbers} | {rest} |")
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

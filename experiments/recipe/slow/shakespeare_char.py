@@ -1,0 +1,59 @@
+# The main job: characters of Shakespeare, with experts.
+# On a CUDA GPU nanoGPT's character-level setting; elsewhere one that takes two minutes on 2 cores,
+# the best that was found for that time: README, "The recipe".
+
+out_dir = "out-shakespeare-char"
+dataset = "shakespeare_char"
+eval_interval = 500
+always_save_checkpoint = False  # the small corpus invites overfitting: keep the best
+wandb_run_name = "shakespeare-char"
+
+# The best layer of the search in experiments/recipe: the decoder reads the past through the encoder
+# alone, which leaves one attention less, and gets the encoder's view of each token beside it.
+lateral = True
+decoder_self_attention = False
+
+# 16 experts in each feed-forward block. The penalty grows over the run, most at the end.
+n_expert = 16
+l1_norm = "squared"
+l1_weight = 0.05
+penalty_schedule = "exponential"
+
+on_cuda = {
+    "block_size": 256,
+    "batch_size": 64,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_embd": 384,
+    "dropout": 0.2,
+    "learning_rate": 3e-3,
+    "min_lr": 3e-4,
+    "beta2": 0.99,
+    "warmup_iters": 100,
+    "max_iters": 5000,
+    "lr_decay_iters": 5000,
+    "penalty_iters": 5000,
+    "eval_iters": 200,
+    "compile": True,
+}
+
+on_cpu = {
+    "block_size": 64,
+    "batch_size": 12,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 64,
+    "dropout": 0.0,
+    "learning_rate": 1e-2,
+    "lr_schedule": "linear",
+    "min_lr": 0.0,
+    "muon_momentum": 0.9,
+    "beta2": 0.99,
+    "grad_clip": 0.0,
+    "warmup_iters": 60,
+    "max_iters": 2000,
+    "lr_decay_iters": 2000,
+    "penalty_iters": 2000,
+    "eval_iters": 20,
+    "compile": False,
+}
