@@ -1,5 +1,5 @@
 # The main job: characters of Shakespeare, with experts.
-# On a CUDA GPU nanoGPT's character-level setting; elsewhere one that takes two minutes on 2 cores,
+# On a CUDA GPU nanoGPT's character-level setting; elsewhere one for two minutes on 2 cores at most,
 # the best that was found for that time: README, "The recipe".
 
 out_dir = "out-shakespeare-char"
