@@ -34,10 +34,10 @@ LARGE = 2**17  # weights; one row is multiplied by so many on all threads, and t
 class Inference:
     """A model that draws, from the weights of a ParallelEncoderDecoder, as if in evaluation.
 
-    With `compile` two graphs are compiled when they first come, each in up to half a minute: the
+    With `compile` two graphs are compiled when they first come, each in 5 to 15 seconds: the
     step of one token, and the reading of a window that has moved; again for another number of texts
     or length of the cache (prompt and new tokens, up to the block). What the compiler makes of them
-    is not compared with the model. Small models then draw half as fast again, or twice as fast;
+    is not compared with the model. Small models then draw 1.2 to 2 times as fast;
     large ones gain nothing, and experts that are off are computed.
 
     Raises ValueError where it gives other logits than the model, as after a change of model.py.

@@ -193,8 +193,11 @@ def measure_texts() -> list[dict]:
         tasks = {name: partial(draw, model, batch) for name, model in models.items()}
         for name, peer in peers.items():
             loops = {"bare loop": partial(bare_loop, peer), "compiled": static(peer)}
-            with torch.inference_mode(), torch.random.fork_rng():
-                drawn = [(torch.manual_seed(0), loop(zero, 20))[1] for loop in loops.values()]
+            drawn = []
+            for loop in loops.values():
+                with torch.inference_mode(), torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    drawn.append(loop(zero.repeat(batch, 1), 20))
             assert torch.equal(*drawn), "compiled, GPT-2 draws another text"
             for how, loop in loops.items():
                 models[f"{name}, {how}"] = peer

@@ -59,6 +59,7 @@ SIZES = {
     "C=128": Size(128, 64, 12, 2, steps=10),
     "C=384": Size(384, 256, 8, 6, steps=1),
     "C=128, deep": Size(128, 64, 12, 2, steps=4, depth=21),
+    "C=384, deep": Size(384, 256, 2, 6, steps=1, depth=21),
 }
 EXPERTS = dict(n_expert=16, l1_norm="squared", l1_weight=0.05)
 LATERAL = dict(lateral=True, decoder_self_attention=False)
