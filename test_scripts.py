@@ -36,7 +36,7 @@ import config
 import prepare_shakespeare as prepare_file
 from checkpoint import load_checkpoint
 from model import ModelConfig, ParallelEncoderDecoder
-from prepare_shakespeare import Tokenizer, prepare
+from prepare_shakespeare import Tokenizer, load_data, prepare
 
 HERE = Path(__file__).parent
 # One thread a process, since the tensors are small; and no way out to a network.
@@ -402,8 +402,9 @@ def test_own_text_under_its_own_name(tmp_path):
 def test_one_distinct_character_trains(tmp_path):
     (tmp_path / "input.txt").write_text("a" * 1000)
     succeed(tmp_path, "prepare_shakespeare.py", "--input_file=input.txt")
-    printed = succeed(tmp_path, "train.py", *TINY, "--max_iters=1")
+    printed = succeed(tmp_path, "train.py", *TINY, "--max_iters=1", "--decay_lr=False")
     assert "whole validation split: loss 0.0000" in printed and "\naaaaa" in printed
+    assert [row["lr"] for row in evaluations(tmp_path / "out")[:2]] == [0.03, 0.03]
 
 
 def test_a_text_under_data_is_taken(tmp_path, text):
@@ -438,6 +439,8 @@ def test_nothing_reached_names_input_file(tmp_path):
         (b"\xff\xfe\x00a" * 9, (), "input.txt: not UTF-8 .* at byte 0"),
         (b"abc" * 9, ("--tokenizer=bytes",), "tokenizer='bytes': must be char or gpt2"),
         (b"abc" * 9, ("--tokeniser=char",), "did you mean 'tokenizer'"),
+        (None, ("--input_file=", "--dataset=mine"), "--dataset=mine: needs its text: --input_file"),
+        ("".join(map(chr, range(0x10000, 0x20002))).encode(), (), "65538 different characters"),
     ],
 )
 def test_a_text_that_cannot_be_used_gets_one_line(content, args, said, tmp_path):
@@ -445,6 +448,25 @@ def test_a_text_that_cannot_be_used_gets_one_line(content, args, said, tmp_path)
         (tmp_path / "input.txt").write_bytes(content)
     fails_with(said, tmp_path, "prepare_shakespeare.py", "--input_file=input.txt", *args)
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"tokenizer": {"kind": "bytes"}}, "tokenizer='bytes': must be char or gpt2"),
+        ({"tokenizer": {"kind": "char", "chars": "aa"}}, "its characters, each once"),
+        ({"tokenizer": {"kind": "gpt2", "chars": "a"}}, "gpt2 has none"),
+        ({"vocab_size": 3}, "vocab_size 3 is not that of the tokenizer"),
+        ({"tokens": {"train": 1, "val": 1}}, "train.bin has not as many tokens"),
+        ({"tokens": None}, "prepare the data again"),
+    ],
+)
+def test_a_data_set_that_does_not_fit_together_gets_one_line(changed, said, prepared, tmp_path):
+    shutil.copytree(prepared / "data/shakespeare_char", tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text("utf-8")) | changed
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta), "utf-8")
+    with pytest.raises(ValueError, match=f"^.*data: .*{said}.*$"):
+        load_data(tmp_path / "data")
 
 
 def test_gpt2_without_its_encoding_says_what_to_do(tmp_path):
@@ -1070,6 +1092,18 @@ def test_resume_needs_the_same_optimizer(trained):
         "optimizer='adamw': whole was trained with 'muon'", trained[0], "train.py", *TINY, *args
     )
     assert "step 20: " in succeed(trained[0], "train.py", *TINY, *args, "--eval_only=True")
+
+
+def test_resume_needs_the_same_vocabulary_and_a_whole_state(trained, tmp_path):
+    shutil.copytree(trained[0] / "whole", tmp_path / "whole")
+    (tmp_path / "input.txt").write_text("to be or not to be " * 99)
+    succeed(tmp_path, "prepare_shakespeare.py", "--input_file=input.txt")
+    args = (tmp_path, "train.py", *TINY, "--out_dir=whole", "--init_from=resume")
+    fails_with("not the vocabulary that whole was trained with", *args)
+    saved = torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)
+    del saved["seconds"]
+    torch.save(saved, tmp_path / "whole/ckpt.pt")
+    fails_with("whole/ckpt.pt: has no entry 'seconds'; it was not written by this", *args)
 
 
 def test_resume_takes_the_model_from_the_checkpoint(trained):
