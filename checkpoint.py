@@ -54,8 +54,9 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
         if damaged is not None:
             raise ValueError(f"its part {damaged!r} is damaged: the checksum differs")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no checkpoint; train.py writes one") from None
+    except (FileNotFoundError, NotADirectoryError):
+        said = "there is no checkpoint; train.py writes one, and --out_dir names its folder"
+        raise ValueError(f"{path}: {said}") from None
     except (PermissionError, torch.OutOfMemoryError) as error:
         raise ValueError(f"{path}: cannot be loaded: {error}") from None
     except Exception as error:  # a damaged file can fail anywhere inside a reader

@@ -501,8 +501,10 @@ if master:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):
             if init_from == "scratch" and not eval_only and Path(out_dir, name).exists():
-                os.replace(Path(out_dir, name), Path(out_dir, f"{name}.old"))
-                print(f"{out_dir}/{name}, of an earlier run, is now {name}.old")
+                old = Path(out_dir, f"{name}.old")
+                lost = ", in place of the one before it" if old.exists() else ""
+                os.replace(Path(out_dir, name), old)
+                print(f"{out_dir}/{name}, of an earlier run, is now {name}.old{lost}")
     except OSError as error:
         fail(f"out_dir={out_dir!r}: cannot be used: {error.strerror}")
 print(
@@ -616,11 +618,7 @@ while True:
         loss, experts_on = (logged / world_size).tolist()  # waits for the device
         now = time.perf_counter()
         dt, last, last_iter = (now - last) / (iter_num + 1 - last_iter), now, iter_num + 1
-        if max_seconds:
-            left = max_seconds - seconds
-        else:
-            left = (now - start) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
-        left = round(left)
+        left = round(max_seconds - seconds if max_seconds else dt * (max_iters - iter_num - 1))
         tokens_per_second = micro_steps * world_size * batch_size * block_size / dt
         print(
             f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, "
