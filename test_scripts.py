@@ -261,6 +261,9 @@ def test_a_wrong_argument_gets_one_line(argument, said, capsys):
         ("n_layer = {[]: 1}", "c.py:1: n_layer: takes a plain value"),
         ("device = 5", "c.py:1: device takes str"),
         ("n_layer = 5\0", "c.py:1: not valid Python"),
+        ("n_layer = " + "(" * 300, "c.py:?1?: not .*"),
+        ("n_layer = " + "-" * 99999 + "1", "c.py: not a config file: .* nested too deeply"),
+        ("n_layer = " + "-" * 300 + "x", "c.py:1: n_layer: takes a plain value, not '---"),
     ],
 )
 def test_a_wrong_config_file_gets_its_file_and_line(source, said, tmp_path, capsys):

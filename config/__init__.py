@@ -71,11 +71,14 @@ def override(script_globals: Settings, argv: list[str]) -> Settings:
 def read_config_file(path: str) -> list[tuple[str, Any, str]]:
     """The assignments of a config file as (name, value, where)."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        source = Path(path).read_text(encoding="utf-8")
+        tree = ast.parse(source)
     except OSError as error:
         fail(f"{path}: cannot read this config file: {error.strerror} (settings are --key=value)")
     except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte, or not UTF-8
         fail(f"{path}:{getattr(error, 'lineno', None) or 1}: not valid Python: {error}")
+    except (MemoryError, RecursionError):
+        fail(f"{path}: not a config file: an expression in it is nested too deeply")
     items = []
     for node in tree.body:
         where = f"{path}:{node.lineno}"
@@ -90,8 +93,9 @@ def read_config_file(path: str) -> list[tuple[str, Any, str]]:
         name = node.targets[0].id
         try:
             value = ast.literal_eval(node.value)
-        except (ValueError, TypeError):
-            fail(f"{where}: {name}: takes a plain value, not {ast.unparse(node.value)!r}")
+        except (ValueError, TypeError, MemoryError, RecursionError):
+            written = ast.get_source_segment(source, node.value) or ""
+            fail(f"{where}: {name}: takes a plain value, not {written[:200]!r}")
         items.append((name, value, where))
     return items
 
