@@ -201,22 +201,22 @@ class Inference:
             projections = owner.key_value if hasattr(owner, "key_value") else owner.query_key_value
         sizes = projections.sizes[-2:]
 
+        def heads(buffer: Tensor) -> list[Tensor]:
+            return [t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in buffer.split(sizes, 2)]
+
         def attend(q: Tensor, key_value: Tensor) -> Tensor:
             cache, (B, T), start = self.cache, self.shape, self.start
             if owner not in cache.buffers:
                 # Zeros, since compiled code multiplies what is not written yet by 0.
                 new = key_value.new_zeros(cache.batch, cache.block_size, sum(sizes))
-                heads = [t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in new.split(sizes, 2)]
-                cache.buffers[owner] = new, *heads
+                cache.buffers[owner] = new, *heads(new)
             buffer, k, v = cache.buffers[owner]
-            if isinstance(start, Tensor):  # the whole buffer; sums, which fuse, for products
+            if isinstance(start, Tensor):  # the whole buffer, so that one graph serves all positions
                 buffer.index_copy_(1, start, key_value.view(B, 1, -1))
-                k, v = (t.unflatten(2, (n_head, -1)) for t in buffer.split(sizes, dim=2))
-                q = q.view(B, 1, n_head, -1)
-                A = (q * k).sum(dim=3, keepdim=True) * q.size(3) ** -0.5  # (B, S, n_head, 1)
-                unseen = torch.arange(buffer.size(1), device=q.device).view(-1, 1, 1) > start
-                A = A.masked_fill(unseen, -torch.inf).softmax(dim=1)
-                return (A * v).sum(dim=1).view(B, -1)
+                k, v = heads(buffer)
+                A = q.view(B, n_head, 1, -1) * k.size(3) ** -0.5 @ k.mT  # (B, n_head, 1, S)
+                unseen = torch.arange(k.size(2), device=q.device) > start
+                return (A.masked_fill(unseen, -torch.inf).softmax(dim=3) @ v).view(B, -1)
             if T == 1:  # the fewest calls
                 buffer.select(1, start).copy_(key_value)
             else:
