@@ -25,7 +25,7 @@ on_cuda = {
 }
 
 on_cpu = {
-    "block_size": 64,
+    "block_size": 96,
     "batch_size": 12,
     "n_layer": 2,
     "n_head": 2,
@@ -38,8 +38,8 @@ on_cpu = {
     "beta2": 0.99,
     "grad_clip": 0.0,
     "warmup_iters": 120,
-    "max_iters": 4300,
-    "lr_decay_iters": 4300,
+    "max_iters": 3000,
+    "lr_decay_iters": 3000,
     "eval_iters": 20,
     "compile": False,
 }

@@ -25,8 +25,8 @@ on_cuda = {
 }
 
 on_cpu = {
-    "block_size": 64,
-    "batch_size": 16,
+    "block_size": 96,
+    "batch_size": 12,
     "n_layer": 3,
     "n_head": 3,
     "n_embd": 96,
@@ -38,8 +38,8 @@ on_cpu = {
     "beta2": 0.99,
     "grad_clip": 0.0,
     "warmup_iters": 120,
-    "max_iters": 4150,
-    "lr_decay_iters": 4150,
+    "max_iters": 3650,
+    "lr_decay_iters": 3650,
     "eval_iters": 20,
     "compile": False,
 }

@@ -38,7 +38,7 @@ on_cuda = {
 }
 
 on_cpu = {
-    "block_size": 64,
+    "block_size": 96,
     "batch_size": 12,
     "n_layer": 2,
     "n_head": 2,
@@ -51,9 +51,9 @@ on_cpu = {
     "beta2": 0.99,
     "grad_clip": 0.0,
     "warmup_iters": 120,
-    "max_iters": 4000,
-    "lr_decay_iters": 4000,
-    "penalty_iters": 4000,
+    "max_iters": 2800,
+    "lr_decay_iters": 2800,
+    "penalty_iters": 2800,
     "eval_iters": 20,
     "compile": False,
 }

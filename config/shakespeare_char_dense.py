@@ -29,7 +29,7 @@ on_cuda = {
 }
 
 on_cpu = {
-    "block_size": 64,
+    "block_size": 96,
     "batch_size": 12,
     "n_layer": 2,
     "n_head": 2,
@@ -42,8 +42,8 @@ on_cpu = {
     "beta2": 0.99,
     "grad_clip": 0.0,
     "warmup_iters": 120,
-    "max_iters": 4900,
-    "lr_decay_iters": 4900,
+    "max_iters": 3650,
+    "lr_decay_iters": 3650,
     "eval_iters": 20,
     "compile": False,
 }
