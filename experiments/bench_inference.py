@@ -11,7 +11,7 @@ Ours draws by inference.py, as sample.py does, or, where the table says so, by m
 
 Texts: 500 characters by the CPU preset's model, its experts included, and by GPT-2s of as many
 parameters: with as many blocks (4 layers), and with the 3 layers of the decoder-only preset. GPT-2
-reads no more than its positions, hence 512 of them; ours has a block of 64, which moves as the text
+reads no more than its positions, hence 512 of them; ours has a block of 96, which moves as the text
 grows, or of 512 as well. One by one is one text with `use_cache=False`, times the number of texts.
 GPT-2 draws by `generate`, as users call it, or by the shortest loop around its model. Compiled,
 ours is `sample.py --compile=True`, and GPT-2 that loop with torch.compile and a static cache; what
@@ -167,7 +167,7 @@ def ratio(slow: list[float], fast: list[float]) -> float:
 def measure_texts() -> list[dict]:
     """Rows of the first table."""
     preset = dict(vocab_size=65, n_layer=2, n_head=2, n_embd=80, n_expert=16)
-    ours = {n: build_ours(block_size=n, **preset) for n in (64, 512)}
+    ours = {n: build_ours(block_size=n, **preset) for n in (96, 512)}
     peers = {
         f"{GPT2}, 4 layers": build_gpt2(65, 512, n_layer=4, n_head=2, n_embd=84),
         f"{GPT2}, 3 layers": build_gpt2(65, 512, n_layer=3, n_head=3, n_embd=96),
@@ -187,7 +187,7 @@ def measure_texts() -> list[dict]:
 
     for batch in (10, 1):
         models = {f"ours, block {n}": Inference(m) for n, m in ours.items()} | peers
-        models["ours, model.generate"] = ours[64]
+        models["ours, model.generate"] = ours[96]
         for n, one in ours.items():
             models[f"ours, block {n}, compiled"] = Inference(one, compile=True)
         tasks = {name: partial(draw, model, batch) for name, model in models.items()}
@@ -206,16 +206,16 @@ def measure_texts() -> list[dict]:
             start = time.perf_counter()
             tasks[name]()
             print(f"{name}, {batch} at once: {time.perf_counter() - start:.0f} s for the first 500")
-        tasks[one_by_one] = partial(draw, ours[64], 1, cached=False)
-        models[one_by_one] = ours[64]
+        tasks[one_by_one] = partial(draw, ours[96], 1, cached=False)
+        models[one_by_one] = ours[96]
         seconds = take_turns(tasks)
         seconds[one_by_one] = [s * batch for s in seconds[one_by_one]]
         for name, of_model in seconds.items():
             rows.append({
                 "model": name, "batch": batch, "parameters": num_params(of(models[name])),
                 "tokens_per_second": batch * 500 / statistics.median(of_model),
-                "ours_is_faster": ratio(of_model, seconds["ours, block 64"]),
-                "compiled_is_faster": ratio(of_model, seconds["ours, block 64, compiled"]),
+                "ours_is_faster": ratio(of_model, seconds["ours, block 96"]),
+                "compiled_is_faster": ratio(of_model, seconds["ours, block 96, compiled"]),
                 "seconds": of_model,
             })  # fmt: skip
     return rows

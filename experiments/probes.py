@@ -1,0 +1,236 @@
+"""What the streams of a trained model hold, what it needs, and what its experts respond to.
+
+    python experiments/probes.py out-canonical/ckpt.pt          prints JSON; half a minute a stream
+
+All on the validation split, which the model never saw, in windows of block_size; the first 8
+tokens of each are not counted. Probes: for each stream, E and what each layer of each stack
+leaves, one linear map of the standardised vector, trained on every second window, names the
+current token, the token 8 back, the next token, the speaker (the ten who speak most) and the
+eighth of the line (its first 64 characters); the figure is the share that is right in the other
+windows. Cuts: the loss with a layer's cross-attention, or lateral, left out, and with
+self-attention that sees the last w tokens alone. Experts: the share on by kind of character, by
+place in the window and by speaker; mutual information in bits of one decision and the character;
+experts that are never on, or always.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import model as model_file  # noqa: E402
+from checkpoint import load_checkpoint  # noqa: E402
+from model import Attention, ParallelEncoderDecoder  # noqa: E402
+from prepare_shakespeare import load_data  # noqa: E402
+
+SKIPPED, BACK, SPEAKERS = 8, 8, 10
+KINDS = {  # of characters
+    "lower case": r"[a-z]",
+    "capital": r"[A-Z]",
+    "space": r" ",
+    "new line": r"\n",
+    "apostrophe, hyphen": r"['-]",
+    "other": r".",
+}
+
+
+def targets_of(tokens: Tensor, text: str) -> dict[str, Tensor]:
+    """What the probes shall name, for each token; -100 where it is not counted."""
+    speaker, column = [], []
+    names = Counter()
+    now = ""
+    for line in text.splitlines(keepends=True):
+        found = re.fullmatch(r"([A-Z][A-Za-z ]+):\n", line)
+        now = found[1] if found else now
+        speaker += [now] * len(line)
+        column += range(len(line))
+        names[now] += len(line)
+    most = {name: k for k, (name, _) in enumerate(names.most_common(SPEAKERS))}
+    column = torch.tensor(column)
+    return {
+        "current token": tokens,
+        "token 8 back": torch.cat([tokens.new_full((BACK,), -100), tokens[:-BACK]]),
+        "next token": torch.cat([tokens[1:], tokens.new_full((1,), -100)]),
+        "speaker": torch.tensor([most.get(name, -100) for name in speaker]),
+        "eighth of the line": torch.where(column < 64, column // 8, -100),
+    }
+
+
+@torch.inference_mode()
+def streams(model: ParallelEncoderDecoder, idx: Tensor) -> dict[str, Tensor]:
+    """E, e1, e2, ..., d1, d2, ... of idx (N, T), each (N, T - SKIPPED, C)."""
+    found = {}
+    stacks = {"e": getattr(model, "encoder", []), "d": model.decoder}
+    layers = {f"{s}{k + 1}": layer for s, stack in stacks.items() for k, layer in enumerate(stack)}
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(name, out[0]))
+        for name, layer in layers.items()
+    ]
+    emb, *_ = model.stacks(idx)
+    for hook in hooks:
+        hook.remove()
+    return {name: x[:, SKIPPED:].clone() for name, x in {"E": emb, **found}.items()}
+
+
+def probe(x: Tensor, targets: dict[str, Tensor]) -> dict[str, float]:
+    """The share of each target (N, T) that a linear map of x (N, T, C) names rightly."""
+    torch.manual_seed(0)
+    train, test = x[::2].flatten(0, 1), x[1::2].flatten(0, 1)
+    mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
+    train, test = (train - mean) / std, (test - mean) / std
+    sizes = [int(t.max()) + 1 for t in targets.values()]
+    linear = nn.Linear(x.size(-1), sum(sizes))
+    steps = 120
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.05, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    labels = [t[::2].flatten() for t in targets.values()]
+    for _ in range(steps):
+        outputs = linear(train).split(sizes, dim=1)
+        loss = sum(F.cross_entropy(y, t) for y, t in zip(outputs, labels, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        outputs = linear(test).split(sizes, dim=1)
+    right = {}
+    for (name, t), y in zip(targets.items(), outputs, strict=True):
+        t = t[1::2].flatten()
+        right[name] = (y.argmax(dim=1) == t)[t >= 0].float().mean().item()
+    return right
+
+
+@contextmanager
+def windowed(attentions: list[Attention], window: int) -> Iterator[None]:
+    """Inside, these attentions see the last `window` tokens alone, their own one included."""
+    usual = model_file.attend
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
+        q, k, v = (t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in (q, k, v))
+        ones = torch.ones(q.size(2), q.size(2), dtype=torch.bool)
+        y = F.scaled_dot_product_attention(q, k, v, ones.tril() & ones.triu(1 - window))
+        return y.transpose(1, 2).flatten(2)
+
+    def forward(self: Attention, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        model_file.attend = attend
+        try:
+            return Attention.forward(self, *args, **kwargs)
+        finally:
+            model_file.attend = usual
+
+    for attention in attentions:
+        attention.forward = forward.__get__(attention)
+    yield
+    for attention in attentions:
+        del attention.forward
+
+
+@contextmanager
+def cut(module: nn.Module) -> Iterator[None]:
+    """Inside, the module gives zeros."""
+    hook = module.register_forward_hook(lambda _, __, y: torch.zeros_like(y))
+    yield
+    hook.remove()
+
+
+@torch.inference_mode()
+def loss_of(model: ParallelEncoderDecoder, x: Tensor, y: Tensor) -> float:
+    """The cross-entropy over the windows, the skipped tokens not counted."""
+    y = y.clone()
+    y[:, :SKIPPED] = -1
+    parts = zip(x.split(64), y.split(64), strict=True)
+    losses = [model(a, b).metrics["cross_entropy"].item() * len(a) for a, b in parts]
+    return sum(losses) / len(x)
+
+
+def cuts(model: ParallelEncoderDecoder, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Losses with something left out, at test time alone."""
+    losses = {"nothing": loss_of(model, x, y)}
+    stacks = {"encoder": getattr(model, "encoder", []), "decoder": model.decoder}
+    for k, layer in enumerate(model.decoder):
+        for name in ("cross_attention", "lateral"):
+            if isinstance(module := getattr(layer, name, None), nn.Module):
+                with cut(module):
+                    losses[f"{name} of layer {k + 1}"] = loss_of(model, x, y)
+    for name, stack in stacks.items():
+        attentions = [layer.attention for layer in stack if layer.attention is not None]
+        for window in (1, 2, 4, 8, 16, 32) if attentions else ():
+            with windowed(attentions, window):
+                losses[f"{name} sees {window}"] = loss_of(model, x, y)
+    return losses
+
+
+def mutual_information(on: Tensor, classes: Tensor) -> Tensor:
+    """In bits, of each decision in `on` (N, G) and the class (N,) of its token: (G,)."""
+    each = F.one_hot(classes).to(on.dtype)  # (N, K)
+    p_class, p_on = each.mean(dim=0), on.mean(dim=0)
+    information = torch.zeros_like(p_on)
+    for decision, p in ((on, p_on), (1 - on, 1 - p_on)):
+        joint = each.mT @ decision / len(on)  # (K, G)
+        term = joint * torch.log2(joint / (p_class[:, None] * p))
+        information += torch.where(joint > 0, term, 0.0).sum(dim=0)
+    return information
+
+
+@torch.inference_mode()
+def experts(model: ParallelEncoderDecoder, x: Tensor, chars: str, targets: dict) -> dict:
+    """What the experts respond to; blocks in the order of layers, the encoder's first."""
+    r = torch.cat([model.expert_masks(part)[..., SKIPPED:, :] for part in x.split(64)], dim=2)
+    blocks = [f"{s}{k + 1}" for k in range(r.size(0)) for s in ("e", "d")[-r.size(1) :]]
+    r = r.flatten(0, 1)  # (blocks, N, T, G)
+    kinds = [next(k for k, p in enumerate(KINDS.values()) if re.match(p, c)) for c in chars]
+    x, kind = x[:, SKIPPED:], torch.tensor(kinds)[x[:, SKIPPED:]]
+    of_token, speaker = r.mean(dim=-1), targets["speaker"]
+    found = {"blocks": blocks}
+    found["on_by_kind"] = {
+        name: of_token[:, kind == k].mean(dim=1).tolist() for k, name in enumerate(KINDS)
+    }
+    found["on_by_place"] = of_token.mean(dim=1).tolist()
+    found["on_by_speaker"] = [
+        of_token[:, speaker == k].mean(dim=1).tolist() for k in range(SPEAKERS)
+    ]
+    flat = r.flatten(1, 2)  # (blocks, tokens, G)
+    found["never_on"] = (flat.amax(dim=1) == 0).sum(dim=1).tolist()
+    found["always_on"] = (flat.amin(dim=1) == 1).sum(dim=1).tolist()
+    for name in ("current token", "next token", "eighth of the line"):
+        classes = targets[name].flatten()
+        counted = classes >= 0
+        bits = torch.stack([mutual_information(b[counted], classes[counted]) for b in flat])
+        found[f"bits_of_{name.replace(' ', '_')}"] = bits.tolist()
+    return found
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    model, saved = load_checkpoint(Path(sys.argv[1]))
+    model.eval()
+    tokenizer, data = load_data(Path("data", saved["config"]["dataset"]))
+    tokens = torch.from_numpy(data["val"].astype("int64"))
+    T = model.config.block_size
+    targets = targets_of(tokens, tokenizer.decode(tokens.tolist()))
+    n = (len(tokens) - 1) // T
+    x, y = (t[: n * T].view(n, T) for t in (tokens, tokens[1:]))
+    targets = {name: t[: n * T].view(n, T)[:, SKIPPED:] for name, t in targets.items()}
+    found = {"probes": {}, "cuts": cuts(model, x, y)}
+    for name, stream in streams(model, x).items():
+        found["probes"][name] = probe(stream, targets)
+    found["probes"]["the commonest"] = {}
+    for name, t in targets.items():
+        commonest = t[::2][t[::2] >= 0].mode().values
+        share = (t[1::2] == commonest)[t[1::2] >= 0].float().mean()
+        found["probes"]["the commonest"][name] = share.item()
+    if model.config.n_expert:
+        found["experts"] = experts(model, x, tokenizer.chars, targets)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The experiments that the README's answers come from: every run goes through train.py.
+
+    python experiments/run.py                   all that results.jsonl lacks, two runs at once
+    python experiments/run.py curve variants    the runs of these questions alone
+    python experiments/run.py --repeat=17       runs line 17 of results.jsonl again, and compares
+
+Each question below is a function that gives its runs, a grid in plain Python. A run is train.py
+with a preset and settings, as a user would start it, on one thread, on tinyshakespeare; where a
+peer is no setting (serial stacks, a mixture of experts) its code stands in peers.py. With
+`analyse` the trained model is looked into by probes.py. A run adds its line to results.jsonl when
+it is done, so that a sweep which was interrupted goes on where it stopped. Losses are those of
+the whole validation split, in nats per character. On one kind of machine a run gives the same
+losses bit for bit.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = HERE / "results.jsonl"
+
+# The canonical layer at the size of the presets, or decoder-only, for 1,000 iterations.
+SHORT = "--block_size=64 --max_iters=1000 --lr_decay_iters=1000 --eval_interval=250"
+SMALL = f"config/canonical.py {SHORT}"
+EXPERTS = (
+    f"{SMALL} --n_expert=16 --l1_norm=squared --l1_weight=1.0 --penalty_schedule=exponential "
+    "--penalty_iters=1000"
+)
+
+
+def curve() -> Iterator[dict]:
+    """The loss against the share of experts on, beside other ways to the same active size."""
+    for l1_weight in (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0):
+        yield run(f"l1_weight={l1_weight}", f"{EXPERTS} --l1_weight={l1_weight}", seeds=3)
+    for n_embd in (76, 70, 64, 58, 52):
+        yield run(f"dense, {n_embd} wide", f"{SMALL} --n_embd={n_embd}", seeds=3)
+    for dropout in (0.1, 0.2):
+        yield run(f"dense, dropout={dropout}", f"{SMALL} --dropout={dropout}", seeds=3)
+    for k in (1, 2, 4, 8):
+        yield run(f"top {k} of 16", f"{SMALL} --n_expert=16", seeds=3, peer=f"top_k({k})")
+
+
+def variants() -> Iterator[dict]:
+    """The variants of the layer, one at a time from the canonical one."""
+    yield run("canonical", SMALL, seeds=5)
+    for setting in (
+        "cross_first=True",
+        "lateral=True",
+        "decoder_self_attention=False",
+        "lateral=True --decoder_self_attention=False",
+        "n_cross_head=1",
+        "n_cross_head=4",
+        "encoder_loss=mse",
+        "encoder_loss=cosine",
+        "encoder_loss=log_cosine",
+        "next_position=add",
+        "next_position=subtract",
+    ):
+        yield run(setting.replace("--", ""), f"{SMALL} --{setting}", seeds=5)
+    # lateral adds a matrix, and without self-attention four go: the same at equal parameters
+    yield run("lateral, 74 wide", f"{SMALL} --lateral=True --n_embd=74", seeds=5)
+    yield run(
+        "no decoder self-attention, 82 wide",
+        f"{SMALL} --decoder_self_attention=False --n_embd=82",
+        seeds=5,
+    )
+    yield run(
+        "both, 80 wide",
+        f"{SMALL} --lateral=True --decoder_self_attention=False --n_embd=80",
+        seeds=5,
+    )
+
+
+def sizes() -> Iterator[dict]:
+    """Parallel, decoder-only and serial stacks at equal parameters and steps, three sizes."""
+    lateral = "--lateral=True --decoder_self_attention=False"
+    large = (
+        "--block_size=128 --batch_size=12 --max_iters=600 --lr_decay_iters=600 --eval_interval=150"
+    )
+    for size, seeds, steps, widths in (
+        ("0.33 M", 5, SHORT, (76, 80, 96)),
+        ("0.8 M", 5, SHORT, (120, 126, 150)),
+        ("3 M", 3, large, (232, 244, 292)),
+    ):
+        canonical, simple, decoder_only = (f"--n_embd={n}" for n in widths)
+        heads = "" if size != "3 M" else "--n_head=4 --warmup_iters=60"
+        base = f"{steps} {heads}"
+        yield run(f"parallel, {size}", f"config/canonical.py {base} {canonical}", seeds=seeds)
+        yield run(f"lateral, {size}", f"config/canonical.py {base} {lateral} {simple}", seeds=seeds)
+        yield run(
+            f"decoder-only, {size}", f"config/decoder_only.py {base} {decoder_only}", seeds=seeds
+        )
+        yield run(
+            f"serial, {size}",
+            f"config/canonical.py {base} {canonical}",
+            seeds=seeds,
+            peer="serial()",
+        )
+
+
+def experts() -> Iterator[dict]:
+    """The hyperparameters of learned dropout, one at a time from EXPERTS."""
+    yield run("experts", EXPERTS, seeds=3)
+    for setting in (
+        "entropy_weight=0.05",
+        "entropy_weight=0.2",
+        "entropy_weight=1.0",
+        "l1_norm=linear --l1_weight=0.5",
+        "penalty_schedule=constant",
+        "penalty_schedule=linear",
+        "shift_init=1.5",
+        "shift_init=3.1",
+        "rounding=sigmoid",
+        "rounding=none",
+        "rounding=none --entropy_weight=0.2",
+        "n_expert=4",
+        "n_expert=76",
+        "n_expert=304",
+        "expert_site=output --n_expert=19",
+        "expert_site=output --n_expert=76",
+        "router_input=embedding",
+        "router_detach=True",
+        "router_n_head=4",
+        "router_head_dim=4",
+        "router_head_dim=64",
+    ):
+        yield run(setting.replace("--", ""), f"{EXPERTS} --{setting}", seeds=3)
+
+
+def inside() -> Iterator[dict]:
+    """What the streams hold, by linear probes and by cuts, and what the experts respond to."""
+    lateral = "--lateral=True --decoder_self_attention=False --n_embd=80"
+    for name, settings in {
+        "canonical": SMALL,
+        "lateral, no decoder self-attention": f"{SMALL} {lateral}",
+        "decoder-only": f"config/decoder_only.py {SHORT}",
+        "encoder_loss=cosine": f"{SMALL} --encoder_loss=cosine",
+        "experts": EXPERTS,
+    }.items():
+        yield run(name, settings, seeds=3, analyse=True)
+
+
+QUESTIONS = (curve, variants, sizes, experts, inside)
+
+
+def run(name: str, settings: str, seeds: int, peer: str = "", analyse: bool = False) -> dict:
+    """What a question asks for: settings of train.py with the seeds 1 to `seeds`."""
+    settings = " ".join(settings.split())
+    return dict(name=name, settings=settings, peer=peer, analyse=analyse, seeds=range(1, seeds + 1))
+
+
+def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
+    """Runs train.py in a folder of its own; gives the figures of results.jsonl."""
+    with tempfile.TemporaryDirectory() as out_dir:
+        argv = ["train.py", *settings.split(), f"--seed={seed}", f"--out_dir={out_dir}"]
+        argv += ["--device=cpu", "--always_save_checkpoint=True"]
+        command = [sys.executable, *argv]
+        if peer:
+            command = [sys.executable, "experiments/peers.py", peer, *argv[1:]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{settings}, {peer or 'no peer'}, seed {seed}:\n{done.stderr}")
+        log = Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
+        *evaluations, whole = map(json.loads, log)
+        found = {}
+        if analyse:
+            command = [sys.executable, "experiments/probes.py", f"{out_dir}/ckpt.pt"]
+            found = json.loads(
+                subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+            )
+    last = evaluations[-1]
+    per_block = {f"{k}_per_block": last[k] for k in ("experts_on", "changed") if k in last}
+    return {
+        "parameters": int(re.search(r"([\d,]+) parameters", done.stdout)[1].replace(",", "")),
+        "iterations": whole["iter"],
+        "val_loss": whole.pop("whole_val_loss"),
+        "train_loss": last["train_loss"],
+        **{name: value for name, value in whole.items() if name not in ("iter", "seconds")},
+        **per_block,
+        "curve": [[row["iter"], row["val_loss"]] for row in evaluations],
+        "seconds": whole["seconds"],
+        **found,
+    }
+
+
+def commit() -> str:
+    """The commit that is checked out, with a + where files were changed."""
+    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    meta = ROOT / "data/shakespeare_char/meta.json"
+    if not meta.exists() or json.loads(meta.read_text("utf-8"))["source"] != "tinyshakespeare":
+        sys.exit("data/shakespeare_char must hold tinyshakespeare: see prepare_shakespeare.py")
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    names = [question.__name__ for question in QUESTIONS]
+    for arg in sys.argv[1:]:
+        if arg.startswith("--repeat="):
+            return repeat(rows, arg.removeprefix("--repeat="))
+        if arg not in names:
+            sys.exit(f"{arg}: must be one of {', '.join(names)}, or --repeat=LINE")
+
+    # Seed by seed, so that what there is can be compared at any time.
+    asked = [q for q in QUESTIONS if q.__name__ in (sys.argv[1:] or names)]
+    jobs = [(q.__name__, r, seed) for q in asked for r in q() for seed in r["seeds"]]
+    jobs.sort(key=lambda job: job[2])
+    lock, version = threading.Lock(), commit()
+    done = {(row["question"], row["name"], row["settings"], row["seed"]) for row in rows}
+    jobs = [job for job in jobs if (job[0], job[1]["name"], job[1]["settings"], job[2]) not in done]
+
+    def work(number: int) -> None:
+        question, asked, seed = jobs[number]
+        figures = train(asked["settings"], asked["peer"], asked["analyse"], seed)
+        row = {name: asked[name] for name in ("name", "settings", "peer", "analyse")}
+        row = {"question": question, **row, "seed": seed, "commit": version, **figures}
+        with lock, open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        on = f", experts on {row['experts_on']:.1%}" if "experts_on" in row else ""
+        what = f"{question}: {row['name']}, seed {seed}"
+        print(f"{number + 1} of {len(jobs)}, {what}: {row['val_loss']:.4f}{on}", flush=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(len(jobs))))
+
+
+def repeat(rows: list[dict], line: str) -> None:
+    """Runs a line of the results, counted from 1, again."""
+    if not (line.isdecimal() and 1 <= int(line) <= len(rows)):
+        sys.exit(f"--repeat={line}: must be a line of {RESULTS.name}, 1 to {len(rows)}")
+    row = rows[int(line) - 1]
+    again = train(row["settings"], row["peer"], False, row["seed"])
+    difference = again["val_loss"] - row["val_loss"]
+    print(f"{row['question']}: {row['name']}, seed {row['seed']}: {again['val_loss']} now, "
+          f"{row['val_loss']} then, a difference of {difference:.2g}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
