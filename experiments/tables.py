@@ -1,0 +1,278 @@
+"""The tables of the READMEs, made from the results that are committed.
+
+    python experiments/tables.py       writes them anew, each between its two comments in a README
+
+A difference is the mean over paired seeds, with its standard error behind ±. Losses are those of
+the whole validation split of tinyshakespeare, in nats per character.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).parent
+READMES = (HERE.parent / "README.md", HERE / "README.md")
+
+
+@cache
+def read(name: str) -> list | dict:
+    """A file of results."""
+    text = (HERE / name).read_text(encoding="utf-8")
+    return json.loads(text) if name.endswith(".json") else [*map(json.loads, text.splitlines())]
+
+
+def runs(question: str) -> dict[str, list[dict]]:
+    """The runs of a question by their names, those of one name in the order of their seeds."""
+    found: dict[str, list[dict]] = {}
+    for row in read("results.jsonl"):
+        if row["question"] == question:
+            found.setdefault(row["name"], []).append(row)
+    return {name: sorted(rows, key=lambda row: row["seed"]) for name, rows in found.items()}
+
+
+def mean(rows: list[dict], field: str = "val_loss") -> float:
+    return statistics.mean(row[field] for row in rows)
+
+
+def error(values: list[float]) -> float:
+    """The standard error of their mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def difference(rows: list[dict], base: list[dict]) -> tuple[float, float]:
+    """Of the losses, over the seeds that both have: the mean and its standard error."""
+    of_base = {row["seed"]: row["val_loss"] for row in base}
+    pairs = [row["val_loss"] - of_base[row["seed"]] for row in rows if row["seed"] in of_base]
+    return statistics.mean(pairs), error(pairs)
+
+
+def show_difference(rows: list[dict], base: list[dict]) -> str:
+    return "" if rows is base else "{:+.3f} ± {:.3f}".format(*difference(rows, base))
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def markdown(heads: str, rows: Iterable[Iterable[str]]) -> str:
+    """A table; the heads are separated by |, and one that ends in : is aligned to the right."""
+    heads = [head.strip() for head in heads.split("|")]
+    lines = [" | ".join(head.removesuffix(":") for head in heads)]
+    lines.append(" | ".join("---:" if head.endswith(":") else "---" for head in heads))
+    return "\n".join(f"| {line} |" for line in (*lines, *map(" | ".join, rows)))
+
+
+def recipe() -> str:
+    """The presets, five seeds each."""
+    rows, found = read("recipe/results.jsonl"), {}
+    for row in rows:
+        if row["settings"].startswith("config/"):
+            found.setdefault(row["settings"], []).append(row)
+    dense = found["config/shakespeare_char_dense.py"]
+    names = ("shakespeare_char", "shakespeare_char_dense", "decoder_only", "canonical")
+    lines = []
+    for name in names:
+        of_name = found[f"config/{name}.py"]
+        losses = ", ".join(f"{row['val_loss']:.3f}" for row in of_name)
+        lines.append((
+            f"`config/{name}.py`", f"{of_name[0]['parameters'] / 1e6:.3f} M",
+            f"{of_name[0]['iterations']:,}", losses, f"{mean(of_name):.3f}",
+            show_difference(of_name, dense),
+            percent(None if of_name[0]["experts_on"] is None else mean(of_name, "experts_on")),
+        ))  # fmt: skip
+    heads = "| parameters: | iterations: | seeds 1, 2, 3, 4, 5 | mean: | to dense: | experts on:"
+    return markdown(heads, lines)
+
+
+def training(size: str) -> str:
+    """Steps of training, from bench_training.py."""
+    rows = read("bench_training.json")[size]["models"].items()
+    heads = "| layers: | parameters: | ms a step: | tokens/s: | speed: | speed x parameters: "
+    return markdown(heads + "| of GEMM peak: | MiB:", (
+        (name, str(row["layers"]), f"{row['parameters'] / 1e6:.2f} M", f"{row['ms']:,.0f}",
+         f"{row['tokens_per_second']:,.0f}", f"{row['speed']:.3f}",
+         f"{row['speed_x_parameters']:.3f}", percent(row["share_of_gemm_peak"]),
+         f"{row['peak_memory_mib']:.0f}")
+        for name, row in rows
+    ))  # fmt: skip
+
+
+def texts() -> str:
+    """Texts of 500 characters, from bench_inference.py."""
+    rows: dict[str, dict[int, dict]] = {}
+    for row in read("bench_inference.json")["texts"]:
+        rows.setdefault(row["model"], {})[row["batch"]] = row
+
+    def cells(row: dict) -> tuple[str, str, str]:
+        ratios = (f"{row[f'{who}_faster']:.2f}" for who in ("ours_is", "compiled_is"))
+        return f"{row['tokens_per_second']:,.0f}", *ratios
+
+    heads = "| parameters: | ten texts at once, tokens/s: | ours is faster by: | compiled by: "
+    return markdown(heads + "| one text, tokens/s: | ours by: | compiled by:", (
+        (name, f"{of[1]['parameters'] / 1e6:.3f} M", *cells(of[10]), *cells(of[1]))
+        for name, of in rows.items()
+    ))  # fmt: skip
+
+
+def decoding() -> str:
+    """Three sizes of model, from bench_inference.py."""
+    blocks = {"0.8 M": 64, "11 M": 256, "100 M": 1024}
+    rows: dict[tuple, dict[str, dict]] = {}
+    for row in read("bench_inference.json")["sizes"]:
+        rows.setdefault((row["size"], row["batch"]), {})[row["model"]] = row
+
+    def speed(row: dict) -> str:
+        return f"{row['tokens_per_second']:,.{0 if row['tokens_per_second'] > 100 else 1}f}"
+
+    lines = []
+    for (size, batch), of in rows.items():
+        ours, uncached, gpt2 = of["ours"], of["ours, no cache"], of["Hugging Face GPT-2"]
+        memory = f"{ours['peak_memory_mib']:.0f} and {gpt2['peak_memory_mib']:.0f} MiB"
+        lines.append((
+            f"{ours['parameters'] / 1e6:.3g} M, {blocks[size]}", str(batch),
+            *map(speed, (ours, uncached, gpt2)), f"{ours['times_gpt2']:.2f}", memory,
+        ))  # fmt: skip
+    heads = "parameters, block | batch: | ours, tokens/s: | without a cache: | GPT-2: "
+    return markdown(heads + "| ours to GPT-2: | memory, ours and GPT-2:", lines)
+
+
+def sparse() -> str:
+    """Experts that are off, from bench_inference.py."""
+    parameters = {"11 M": "11 M", "100 M": "121 M"}
+    heads = "parameters | tokens at once: | experts on: | all computed: | only those on: "
+    return markdown(heads + "| speed-up: | ideal: | of the memory's speed:", (
+        (parameters[row["size"]], str(row["tokens_at_once"]), f"{row['on']} of {row['of']}",
+         f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms", f"{row['speed_up']:.2f}",
+         f"{row['ideal']:.2f}", percent(row["share_of_bandwidth"]))
+        for row in read("bench_inference.json")["experts"]
+    ))  # fmt: skip
+
+
+def faults() -> str:
+    """What was tried to lose something, from faults.py."""
+    lines = []
+    for name, row in read("faults.json").items():
+        if "tried" in row:
+            rest = (f"{k}: {v}" for k, v in row.items() if k not in ("tried", "lost"))
+            lines.append((name, f"{row['tried']:,}", str(row["lost"]), ", ".join(rest)))
+    return markdown("what | tried: | lost: |", lines)
+
+
+def compared(question: str, base: str) -> str:
+    """Each run of a question beside its base."""
+    found = runs(question)
+    return markdown("| parameters: | seeds: | loss: | difference:", (
+        (name, f"{rows[0]['parameters']:,}", str(len(rows)), f"{mean(rows):.3f}",
+         show_difference(rows, found[base]))
+        for name, rows in found.items()
+    ))  # fmt: skip
+
+
+def sizes() -> str:
+    """Three sizes; the difference is that to decoder-only."""
+    found = runs("sizes")
+    return markdown("| parameters: | iterations: | seeds: | loss: | to decoder-only:", (
+        (name, f"{rows[0]['parameters']:,}", f"{rows[0]['iterations']:,}", str(len(rows)),
+         f"{mean(rows):.3f}",
+         show_difference(rows, found[f"decoder-only, {name.split(', ')[1]}"]))
+        for name, rows in found.items()
+    ))  # fmt: skip
+
+
+def active(rows: list[dict]) -> float:
+    """Parameters that a token meets on the mean, where experts that are off do not count."""
+    parameters = rows[0]["parameters"]
+    if "experts_on" not in rows[0]:
+        return parameters
+    width = int(re.search(r"--n_embd=(\d+)", rows[0]["settings"] + " --n_embd=76")[1])
+    return parameters - (1 - mean(rows, "experts_on")) * 4 * 8 * width**2  # four blocks of 8 C^2
+
+
+def curve() -> str:
+    """Active size and loss."""
+    found = runs("curve")
+    return markdown("| parameters: | experts on: | active parameters: | loss: | to dense:", (
+        (name, f"{rows[0]['parameters']:,}",
+         percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None),
+         f"{active(rows):,.0f}", f"{mean(rows):.3f}",
+         show_difference(rows, found["dense, 76 wide"]))
+        for name, rows in found.items()
+    ))  # fmt: skip
+
+
+def experts() -> str:
+    """The hyperparameters of learned dropout."""
+    found = runs("experts")
+    heads = "| parameters: | loss: | difference: | experts on: | entropy, bits: | m over 0.9: "
+    return markdown(heads + "| m under 0.1: | decisions changed:", (
+        (f"`{name}`" if "=" in name else name, f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}",
+         show_difference(rows, found["experts"]), percent(mean(rows, "experts_on")),
+         f"{mean(rows, 'entropy'):.3f}", percent(mean(rows, "near_one")),
+         percent(mean(rows, "near_zero")), percent(statistics.mean(
+             value for row in rows for layer in row["changed_per_block"] for value in layer)))
+        for name, rows in found.items()
+    ))  # fmt: skip
+
+
+def probes() -> str:
+    """The share of each target that a linear map of a stream names rightly, in per cent."""
+    found, lines, targets = runs("inside"), [], []
+    for name, rows in found.items():
+        of_streams = [row["probes"] for row in rows]
+        for stream in of_streams[0]:
+            if stream == "the commonest" and name != "canonical":
+                continue
+            targets = list(of_streams[0][stream])
+            shares = ([p[stream][target] for p in of_streams] for target in targets)
+            model = "" if stream == "the commonest" else name
+            lines.append((model, stream, *(f"{statistics.mean(s):.1%}" for s in shares)))
+    return markdown("| stream | " + " | ".join(f"{target}:" for target in targets), lines)
+
+
+def cuts() -> str:
+    """Losses with something left out at test time, as differences from the whole model."""
+    found = runs("inside")
+    names = list(dict.fromkeys(name for rows in found.values() for name in rows[0]["cuts"]))
+
+    def cell(rows: list[dict], name: str) -> str:
+        if name not in rows[0]["cuts"]:
+            return ""
+        values = [row["cuts"][name] - row["cuts"]["nothing"] * (name != "nothing") for row in rows]
+        return f"{statistics.mean(values):{'.3f' if name == 'nothing' else '+.3f'}}"
+
+    return markdown("left out | " + " | ".join(f"{model}:" for model in found), (
+        (name, *(cell(rows, name) for rows in found.values())) for name in names
+    ))  # fmt: skip
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "recipe": recipe,
+    "training, 128 wide": lambda: training("C=128"),
+    "training, 384 wide": lambda: training("C=384"),
+    "training, 128 wide, deep": lambda: training("C=128, deep"),
+    "training, 384 wide, deep": lambda: training("C=384, deep"),
+    "texts": texts,
+    "decoding": decoding,
+    "sparse": sparse,
+    "faults": faults,
+    "variants": lambda: compared("variants", "canonical"),
+    "sizes": sizes,
+    "curve": curve,
+    "experts": experts,
+    "probes": probes,
+    "cuts": cuts,
+}
+
+
+def fill(text: str) -> str:
+    """The text with its tables as the results have them."""
+    pattern = r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for path in READMES:
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
