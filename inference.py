@@ -211,7 +211,7 @@ class Inference:
                 new = key_value.new_zeros(cache.batch, cache.block_size, sum(sizes))
                 cache.buffers[owner] = new, *heads(new)
             buffer, k, v = cache.buffers[owner]
-            if isinstance(start, Tensor):  # the whole buffer, so that one graph serves all positions
+            if isinstance(start, Tensor):  # the whole buffer: one graph for all positions
                 buffer.index_copy_(1, start, key_value.view(B, 1, -1))
                 k, v = heads(buffer)
                 A = q.view(B, n_head, 1, -1) * k.size(3) ** -0.5 @ k.mT  # (B, n_head, 1, S)

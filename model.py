@@ -256,7 +256,7 @@ class FeedForward(nn.Module):
         return self.dropout(y), Mask(m, r)
 
     def sparse_pays(self, r: Tensor) -> bool:
-        """Whether `sparse` is faster on a CPU, by what was measured (README, Speed of drawing):
+        """Whether `sparse` is faster on a CPU, by what was measured (experiments/README.md):
         weights cost 15 % more than in one product, and an expert as much as reading 240,000 weights
         where there is one token, or as 9 million multiplications.
         """

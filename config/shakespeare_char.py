@@ -1,6 +1,6 @@
 # The main job: characters of Shakespeare, with experts.
 # On a CUDA GPU nanoGPT's character-level setting; elsewhere one for two minutes on 2 cores at most,
-# the best that was found for that time: README, "The recipe".
+# the best that was found for that time: README, "Results".
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"

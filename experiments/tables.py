@@ -89,8 +89,11 @@ def recipe() -> str:
 
 def training(size: str) -> str:
     """Steps of training, from bench_training.py."""
-    rows = read("bench_training.json")[size]["models"].items()
-    heads = "| layers: | parameters: | ms a step: | tokens/s: | speed: | speed x parameters: "
+    of_size = read("bench_training.json")[size]
+    rows = of_size["models"].items()
+    deep = ", deep" if size.endswith("deep") else ""
+    heads = f"{of_size['C']} wide{deep}, {of_size['T']} tokens, batch {of_size['B']} "
+    heads += "| layers: | parameters: | ms a step: | tokens/s: | speed: | speed x parameters: "
     return markdown(heads + "| of GEMM peak: | MiB:", (
         (name, str(row["layers"]), f"{row['parameters'] / 1e6:.2f} M", f"{row['ms']:,.0f}",
          f"{row['tokens_per_second']:,.0f}", f"{row['speed']:.3f}",

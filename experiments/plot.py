@@ -1,0 +1,144 @@
+"""The README's figures, from experiments/results.jsonl.
+
+    pip install -r requirements-dev.txt
+    python experiments/plot.py          draws assets/*.svg anew
+
+Backgrounds are transparent and the colours of a middle lightness, to be read on light and dark.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tables import active, difference, error, mean, runs
+
+ASSETS = Path(__file__).parent.parent / "assets"
+GRAY, BLUE, ORANGE, GREEN, RED = "#808890", "#3b8eea", "#d9822b", "#2f9e63", "#d9534f"
+plt.rcParams.update({
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+    "text.color": GRAY, "axes.labelcolor": GRAY, "axes.edgecolor": GRAY, "xtick.color": GRAY,
+    "ytick.color": GRAY, "axes.titlecolor": GRAY, "legend.frameon": False, "font.size": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "figures",
+    "lines.linewidth": 1.6, "lines.markersize": 5,
+})  # fmt: skip
+
+
+def save(name: str) -> None:
+    plt.savefig(ASSETS / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close()
+
+
+def spread(rows: list[dict]) -> float:
+    return error([row["val_loss"] for row in rows])
+
+
+def curve() -> None:
+    """Loss against active parameters: learned dropout, top-k experts, smaller dense models."""
+    found = runs("curve")
+    kinds = {
+        "learned dropout, l1_weight swept": (BLUE, "o-", "l1_weight="),
+        "top k of 16 experts": (ORANGE, "s-", "top "),
+        "dense, narrower": (GREEN, "^-", "dense, 76 wide|dense, 70|dense, 64|dense, 58|dense, 52"),
+    }
+    _, ax = plt.subplots(figsize=(6.4, 3.6))
+    for label, (color, style, starts) in kinds.items():
+        chosen = [rows for name, rows in found.items() if name.startswith(tuple(starts.split("|")))]
+        chosen.sort(key=active)
+        ax.errorbar(
+            [active(rows) / 1000 for rows in chosen], [mean(rows) for rows in chosen],
+            [spread(rows) for rows in chosen], fmt=style, color=color, label=label, capsize=2,
+        )  # fmt: skip
+    ax.set_xlabel("active parameters per token, thousands")
+    ax.set_ylabel("validation loss, nats per character")
+    ax.legend()
+    save("curve")
+
+
+def variants() -> None:
+    """The difference of each variant from the canonical layer."""
+    found = runs("variants")
+    base = found.pop("canonical")
+    found = dict(sorted(found.items(), key=lambda item: -difference(item[1], base)[0]))
+    _, ax = plt.subplots(figsize=(6.4, 0.3 * len(found) + 0.8))
+    for k, rows in enumerate(found.values()):
+        delta, se = difference(rows, base)
+        color = GRAY if abs(delta) < 2 * se else GREEN if delta < 0 else RED
+        ax.errorbar(delta, k, xerr=se, fmt="o", color=color, capsize=2)
+    ax.axvline(0, color=GRAY, linewidth=0.8)
+    ax.set_yticks(range(len(found)), list(found))
+    ax.set_xlabel("difference of the validation loss from the canonical layer, ± standard error")
+    save("variants")
+
+
+def probes() -> None:
+    """What a linear map reads from each stream, layer by layer."""
+    found = runs("inside")
+    lines = {  # (model, stack): how it is drawn
+        ("canonical", "e"): (BLUE, "o-", "encoder"),
+        ("canonical", "d"): (ORANGE, "s-", "decoder"),
+        ("decoder-only", "d"): (GRAY, "^--", "decoder-only"),
+    }
+    targets = list(found["canonical"][0]["probes"]["E"])
+    fig, axes = plt.subplots(1, len(targets), figsize=(11, 2.6))
+    for ax, target in zip(axes, targets, strict=True):
+        for (model, stack), (color, style, label) in lines.items():
+            of_streams = [row["probes"] for row in found[model]]
+            names = ["E", *(name for name in of_streams[0] if name.startswith(stack))]
+            layers = [0, *(int(name[1:]) for name in names[1:])]
+            shares = [100 * statistics.mean(p[name][target] for p in of_streams) for name in names]
+            ax.plot(layers, shares, style, color=color, label=label)
+        ax.axhline(
+            100 * found["canonical"][0]["probes"]["the commonest"][target],
+            color=GRAY, linewidth=0.8, linestyle=":",
+        )  # fmt: skip
+        ax.set_title(target, fontsize=10)
+        ax.set_xticks(range(4))
+    axes[0].set_ylabel("named rightly, %")
+    fig.supxlabel("after layer (0: E)", fontsize=10, color=GRAY)
+    axes[-1].legend(fontsize=8)
+    fig.tight_layout()
+    save("probes")
+
+
+def experts() -> None:
+    """The share of experts on, by kind of character and by place in the window."""
+    rows = runs("inside")["experts"]
+    found = [row["experts"] for row in rows]
+    blocks = found[0]["blocks"]
+    names = {"e": "encoder", "d": "decoder"}
+    labels = [f"{names[block[0]]} {block[1:]}" for block in blocks]
+    kinds = list(found[0]["on_by_kind"])
+    share = [
+        [100 * statistics.mean(f["on_by_kind"][kind][b] for f in found) for b in range(len(blocks))]
+        for kind in kinds
+    ]
+    _, (left, right) = plt.subplots(1, 2, figsize=(10, 3), width_ratios=(1, 1.2))
+    left.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for y, row in enumerate(share):
+        for x, value in enumerate(row):
+            left.text(x, y, f"{value:.0f}", ha="center", va="center",
+                      color="white" if value > 55 else "#303030")  # fmt: skip
+    left.set_xticks(range(len(blocks)), labels, rotation=20)
+    left.set_yticks(range(len(kinds)), kinds)
+    left.set_title("experts on, %, by kind of character", fontsize=10)
+    for b, (label, color) in enumerate(zip(labels, (BLUE, ORANGE, GREEN, RED), strict=True)):
+        places = zip(*(f["on_by_place"][b] for f in found), strict=True)
+        right.plot(
+            range(9, 65), [100 * statistics.mean(p) for p in places], color=color, label=label
+        )
+    right.set_xlabel("place in the window")
+    right.set_title("experts on, %, by place", fontsize=10)
+    right.legend(fontsize=8)
+    right.set_ylim(0, 102)
+    save("experts_use")
+
+
+if __name__ == "__main__":
+    for draw in (curve, variants, probes, experts):
+        draw()

@@ -1,0 +1,43 @@
+"""Tests of what the READMEs say: their tables are those of the results, their files are there."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "experiments"))
+import tables  # noqa: E402
+
+
+@pytest.mark.parametrize("path", tables.READMES, ids=lambda path: path.parent.name)
+def test_tables_are_those_of_the_results(path):
+    text = path.read_text(encoding="utf-8")
+    assert tables.fill(text) == text, "run python experiments/tables.py"
+    assert re.search(r"(?m)^\| .*\d", text)  # they are filled
+
+
+def test_each_table_is_somewhere():
+    texts = "".join(path.read_text(encoding="utf-8") for path in tables.READMES)
+    assert set(re.findall(r"<!-- table: (.+) -->", texts)) == set(tables.TABLES)
+
+
+def test_a_number_that_was_changed_is_found():
+    for path in tables.READMES:
+        text = path.read_text(encoding="utf-8")
+        start = text.index("<!-- table:")
+        digit = re.compile(r"\d(?=[^\n]*\n<!-- end -->)").search(text, start)
+        changed = f"{text[: digit.start()]}{9 - int(digit[0])}{text[digit.end() :]}"
+        assert tables.fill(changed) == tables.fill(text) != changed
+
+
+@pytest.mark.parametrize("path", tables.READMES, ids=lambda path: path.parent.name)
+def test_files_that_are_named_exist(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    named = re.findall(r"`((?:experiments|config|assets)/[\w./]+\.\w+)`", text)
+    commands = re.findall(r"python ((?:experiments/)?[\w/]+\.py)", text)
+    here = {path.parent, ROOT}
+    missing = [f for f in (*links, *named, *commands) if not any((h / f).exists() for h in here)]
+    assert not missing
