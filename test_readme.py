@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import tables  # noqa: E402
 
 
-@pytest.mark.parametrize("path", tables.READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", tables.READMES, ids=["README", "experiments"])
 def test_tables_are_those_of_the_results(path):
     text = path.read_text(encoding="utf-8")
     assert tables.fill(text) == text, "run python experiments/tables.py"
@@ -32,7 +32,7 @@ def test_a_number_that_was_changed_is_found():
         assert tables.fill(changed) == tables.fill(text) != changed
 
 
-@pytest.mark.parametrize("path", tables.READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", tables.READMES, ids=["README", "experiments"])
 def test_files_that_are_named_exist(path):
     text = path.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#:]+)\)", text)

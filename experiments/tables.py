@@ -261,12 +261,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "sparse": sparse,
     "faults": faults,
-    "variants": lambda: compared("variants", "canonical"),
-    "sizes": sizes,
-    "curve": curve,
-    "experts": experts,
-    "probes": probes,
-    "cuts": cuts,
 }
 
 
