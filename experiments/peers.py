@@ -80,9 +80,13 @@ def top_k(k: int) -> None:
 
 
 if __name__ == "__main__":
-    peer = re.fullmatch(r"serial\(\)|top_k\((\d+)\)", sys.argv[1] if len(sys.argv) > 1 else "")
-    if peer is None:
-        sys.exit(f"{sys.argv[1:2]}: must be serial() or top_k(K)")
-    serial() if peer[1] is None else top_k(int(peer[1]))
-    sys.argv = ["train.py", *sys.argv[2:]]
+    peer, *args = sys.argv[1:] or [""]
+    if peer == "serial()":
+        serial()
+    elif (found := re.fullmatch(r"top_k\((\d+)\)", peer)) and int(found[1]) >= 2:
+        top_k(int(found[1]))
+    else:
+        sys.exit(f"{peer!r}: must be serial() or top_k(K), K at least 2")
+    print(f"{peer}: a checkpoint does not say so; train.py and sample.py would take it for ours")
+    sys.argv = ["train.py", *args]
     runpy.run_path("train.py", run_name="__main__")

@@ -1,7 +1,7 @@
 """The README's figures, from experiments/results.jsonl.
 
     pip install -r requirements-dev.txt
-    python experiments/plot.py          draws assets/*.svg anew
+    python experiments/plot.py          draws those of assets/ whose functions stand below
 
 Backgrounds are transparent and the colours of a middle lightness, to be read on light and dark.
 """
@@ -68,8 +68,7 @@ def variants() -> None:
     _, ax = plt.subplots(figsize=(6.4, 0.3 * len(found) + 0.8))
     for k, rows in enumerate(found.values()):
         delta, se = difference(rows, base)
-        color = GRAY if abs(delta) < 2 * se else GREEN if delta < 0 else RED
-        ax.errorbar(delta, k, xerr=se, fmt="o", color=color, capsize=2)
+        ax.errorbar(delta, k, xerr=se, fmt="o", color=BLUE, capsize=2)
     ax.axvline(0, color=GRAY, linewidth=0.8)
     ax.set_yticks(range(len(found)), list(found))
     ax.set_xlabel("difference of the validation loss from the canonical layer, ± standard error")

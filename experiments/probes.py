@@ -2,14 +2,14 @@
 
     python experiments/probes.py out-canonical/ckpt.pt          prints JSON; half a minute a stream
 
-All on the validation split, which the model never saw, in windows of block_size; the first 8
-tokens of each are not counted. Probes: for each stream, E and what each layer of each stack
-leaves, one linear map of the standardised vector, trained on every second window, names the
-current token, the token 8 back, the next token, the speaker (the ten who speak most) and the
-eighth of the line (its first 64 characters); the figure is the share that is right in the other
+All on the validation split, which the model never saw, in windows of block_size; the first 8 tokens
+of each are not counted. Probes: for each stream, E and what each layer of each stack leaves, one
+linear map of the standardised vector, trained on every second window, names the current token, the
+token 8 back, the next token, the speaker (the ten who speak most; their names are not counted) and
+the eighth of the line (its first 64 characters); the figure is the share that is right in the other
 windows. Cuts: the loss with a layer's cross-attention, or lateral, left out, and with
 self-attention that sees the last w tokens alone. Experts: the share on by kind of character, by
-place in the window and by speaker; mutual information in bits of one decision and the character;
+place in the window and by speaker, mutual information in bits of one decision and the character,
 experts that are never on, or always.
 """
 
@@ -45,15 +45,14 @@ KINDS = {  # of characters
 def targets_of(tokens: Tensor, text: str) -> dict[str, Tensor]:
     """What the probes shall name, for each token; -100 where it is not counted."""
     speaker, column = [], []
-    names = Counter()
-    now = ""
+    spoken, now, before = Counter(), "", "\n"
     for line in text.splitlines(keepends=True):
-        found = re.fullmatch(r"([A-Z][A-Za-z ]+):\n", line)
-        now = found[1] if found else now
-        speaker += [now] * len(line)
+        found = re.fullmatch(r"([A-Z][A-Za-z -]+):\n", line) if before == "\n" else None
+        now, before = found[1] if found else now, line
+        speaker += ["" if found else now] * len(line)  # the name itself would give it away
         column += range(len(line))
-        names[now] += len(line)
-    most = {name: k for k, (name, _) in enumerate(names.most_common(SPEAKERS))}
+        spoken[now] += 0 if found else len(line)
+    most = {name: k for k, (name, _) in enumerate(spoken.most_common(SPEAKERS))}
     column = torch.tensor(column)
     return {
         "current token": tokens,

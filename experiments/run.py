@@ -45,7 +45,7 @@ def curve() -> Iterator[dict]:
         yield run(f"dense, {n_embd} wide", f"{SMALL} --n_embd={n_embd}", seeds=3)
     for dropout in (0.1, 0.2):
         yield run(f"dense, dropout={dropout}", f"{SMALL} --dropout={dropout}", seeds=3)
-    for k in (1, 2, 4, 8):
+    for k in (2, 4, 8):
         yield run(f"top {k} of 16", f"{SMALL} --n_expert=16", seeds=3, peer=f"top_k({k})")
 
 
@@ -179,7 +179,8 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
                 subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
             )
     last = evaluations[-1]
-    per_block = {f"{k}_per_block": last[k] for k in ("experts_on", "changed") if k in last}
+    kept = ("experts_on",) if peer else ("experts_on", "changed")  # a peer's m is no mask
+    per_block = {f"{k}_per_block": last[k] for k in kept if k in last}
     return {
         "parameters": int(re.search(r"([\d,]+) parameters", done.stdout)[1].replace(",", "")),
         "iterations": whole["iter"],
@@ -195,8 +196,10 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
 
 def commit() -> str:
     """The commit that is checked out, with a + where files were changed."""
-    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    changed = ["git", "status", "--porcelain", "-uno", "--", ".", f":!experiments/{RESULTS.name}"]
+    changed = subprocess.check_output(changed, cwd=ROOT, text=True)
+    return head.strip() + ("+" if changed else "")
 
 
 def main() -> None:
@@ -217,19 +220,20 @@ def main() -> None:
     jobs = [(q.__name__, r, seed) for q in asked for r in q() for seed in r["seeds"]]
     jobs.sort(key=lambda job: job[2])
     lock, version = threading.Lock(), commit()
-    done = {(row["question"], row["name"], row["settings"], row["seed"]) for row in rows}
-    jobs = [job for job in jobs if (job[0], job[1]["name"], job[1]["settings"], job[2]) not in done]
+    what = ("question", "name", "settings", "peer", "seed")
+    jobs = [{"question": q, **asked, "seed": seed} for q, asked, seed in jobs]
+    done = {tuple(row[field] for field in what) for row in rows}
+    jobs = [job for job in jobs if tuple(job[field] for field in what) not in done]
 
     def work(number: int) -> None:
-        question, asked, seed = jobs[number]
-        figures = train(asked["settings"], asked["peer"], asked["analyse"], seed)
-        row = {name: asked[name] for name in ("name", "settings", "peer", "analyse")}
-        row = {"question": question, **row, "seed": seed, "commit": version, **figures}
+        job = {name: value for name, value in jobs[number].items() if name != "seeds"}
+        figures = train(job["settings"], job["peer"], job["analyse"], job["seed"])
+        row = {**job, "commit": version, **figures}
         with lock, open(RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         on = f", experts on {row['experts_on']:.1%}" if "experts_on" in row else ""
-        what = f"{question}: {row['name']}, seed {seed}"
-        print(f"{number + 1} of {len(jobs)}, {what}: {row['val_loss']:.4f}{on}", flush=True)
+        which = f"{row['question']}: {row['name']}, seed {row['seed']}"
+        print(f"{number + 1} of {len(jobs)}, {which}: {row['val_loss']:.4f}{on}", flush=True)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, range(len(jobs))))

@@ -7,6 +7,7 @@ the whole validation split of tinyshakespeare, in nats per character.
 """
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -30,7 +31,11 @@ def runs(question: str) -> dict[str, list[dict]]:
     for row in read("results.jsonl"):
         if row["question"] == question:
             found.setdefault(row["name"], []).append(row)
-    return {name: sorted(rows, key=lambda row: row["seed"]) for name, rows in found.items()}
+    for name, rows in found.items():
+        rows.sort(key=lambda row: row["seed"])
+        if len({row["seed"] for row in rows}) < len(rows):
+            raise ValueError(f"{question}: {name}: a seed is there twice")
+    return found
 
 
 def mean(rows: list[dict], field: str = "val_loss") -> float:
@@ -38,8 +43,8 @@ def mean(rows: list[dict], field: str = "val_loss") -> float:
 
 
 def error(values: list[float]) -> float:
-    """The standard error of their mean."""
-    return statistics.stdev(values) / len(values) ** 0.5
+    """The standard error of their mean; NaN of a single one."""
+    return math.nan if len(values) < 2 else statistics.stdev(values) / len(values) ** 0.5
 
 
 def difference(rows: list[dict], base: list[dict]) -> tuple[float, float]:
