@@ -1241,6 +1241,23 @@ def test_a_checkpoint_that_is_none_gets_one_line(trained, tmp_path):
     checkpoint["model_args"]["n_embd"] = 16
     torch.save(checkpoint, path)
     fails_with("its tokenizer has .* tokens, its model", tmp_path, "sample.py", "--device=cpu")
+    del checkpoint["tokenizer"]
+    torch.save(checkpoint, path)
+    fails_with("ckpt.pt: holds no tokenizer", tmp_path, "sample.py", "--device=cpu")
+
+
+def test_a_model_without_experts_shows_none(trained):
+    args = ("--out_dir=whole", "--show_experts", "--device=cpu")
+    fails_with("n_expert=0: this model has no experts", trained[0], "sample.py", *args)
+
+
+def test_bfloat16_learns_as_float32_does(trained, workplace):
+    printed = succeed(workplace, "train.py", *TINY, "--dtype=bfloat16")
+    assert "on cpu in bfloat16" in printed
+    *_, half = evaluations(workplace / "out")
+    *_, full = evaluations(trained[0] / "whole")
+    assert half["whole_val_loss"] != full["whole_val_loss"]
+    assert half["whole_val_loss"] == pytest.approx(full["whole_val_loss"], rel=0.02)
 
 
 def test_damaged_checkpoints_are_told(trained, tmp_path):
