@@ -89,7 +89,8 @@ try:
         try:
             start = Path(start_path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"start: cannot read the file {start_path!r}: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"start: cannot read the file {start_path!r}: {reason}") from None
     ids = tokenizer.encode(start)
     if not ids:
         raise ValueError("start: is empty; give at least one character")

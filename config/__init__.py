@@ -8,6 +8,7 @@ script runs on a CUDA GPU, or anywhere else.
 import ast
 import difflib
 import re
+import signal
 import sys
 import unicodedata
 from pathlib import Path
@@ -133,6 +134,8 @@ def check(name: Any, value: Any, defaults: Settings, where: str) -> Any:
 
 def print_help(script_globals: Settings, defaults: Settings) -> None:
     """Prints the script's docstring, and every setting as its source has it, comment included."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends like other programs
     print(script_globals["__doc__"].strip() + "\n\nSettings and their defaults:\n")
     names = set(defaults)
     for line in Path(script_globals["__file__"]).read_text(encoding="utf-8").splitlines():
