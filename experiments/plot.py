@@ -100,7 +100,7 @@ def probes() -> None:
         ax.set_xticks(range(4))
     axes[0].set_ylabel("named rightly, %")
     fig.supxlabel("after layer (0: E)", fontsize=10, color=GRAY)
-    axes[-1].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="center")
     fig.tight_layout()
     save("probes")
 

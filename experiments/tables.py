@@ -10,9 +10,13 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from run import QUESTIONS  # noqa: E402
 
 HERE = Path(__file__).parent
 READMES = (HERE.parent / "README.md", HERE / "README.md")
@@ -26,16 +30,17 @@ def read(name: str) -> list | dict:
 
 
 def runs(question: str) -> dict[str, list[dict]]:
-    """The runs of a question by their names, those of one name in the order of their seeds."""
-    found: dict[str, list[dict]] = {}
-    for row in read("results.jsonl"):
-        if row["question"] == question:
-            found.setdefault(row["name"], []).append(row)
-    for name, rows in found.items():
-        rows.sort(key=lambda row: row["seed"])
-        if len({row["seed"] for row in rows}) < len(rows):
-            raise ValueError(f"{question}: {name}: a seed is there twice")
-    return found
+    """The runs of a question by their names, in its order, those of one name by their seeds."""
+    rows = [row for row in read("results.jsonl") if row["question"] == question]
+    names = [asked["name"] for ask in QUESTIONS if ask.__name__ == question for asked in ask()]
+    found = {name: sorted_by_seed([r for r in rows if r["name"] == name]) for name in names}
+    return {name: of_name for name, of_name in found.items() if of_name}
+
+
+def sorted_by_seed(rows: list[dict]) -> list[dict]:
+    if len({row["seed"] for row in rows}) < len(rows):
+        raise ValueError(f"{rows[0]['question']}: {rows[0]['name']}: a seed is there twice")
+    return sorted(rows, key=lambda row: row["seed"])
 
 
 def mean(rows: list[dict], field: str = "val_loss") -> float:
@@ -179,17 +184,6 @@ def compared(question: str, base: str) -> str:
     ))  # fmt: skip
 
 
-def sizes() -> str:
-    """Three sizes; the difference is that to decoder-only."""
-    found = runs("sizes")
-    return markdown("| parameters: | iterations: | seeds: | loss: | to decoder-only:", (
-        (name, f"{rows[0]['parameters']:,}", f"{rows[0]['iterations']:,}", str(len(rows)),
-         f"{mean(rows):.3f}",
-         show_difference(rows, found[f"decoder-only, {name.split(', ')[1]}"]))
-        for name, rows in found.items()
-    ))  # fmt: skip
-
-
 def active(rows: list[dict]) -> float:
     """Parameters that a token meets on the mean, where experts that are off do not count."""
     parameters = rows[0]["parameters"]
@@ -202,25 +196,12 @@ def active(rows: list[dict]) -> float:
 def curve() -> str:
     """Active size and loss."""
     found = runs("curve")
-    return markdown("| parameters: | experts on: | active parameters: | loss: | to dense:", (
-        (name, f"{rows[0]['parameters']:,}",
+    heads = "| seeds: | parameters: | experts on: | active parameters: | loss: | to dense:"
+    return markdown(heads, (
+        (name, str(len(rows)), f"{rows[0]['parameters']:,}",
          percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None),
          f"{active(rows):,.0f}", f"{mean(rows):.3f}",
          show_difference(rows, found["dense, 76 wide"]))
-        for name, rows in found.items()
-    ))  # fmt: skip
-
-
-def experts() -> str:
-    """The hyperparameters of learned dropout."""
-    found = runs("experts")
-    heads = "| parameters: | loss: | difference: | experts on: | entropy, bits: | m over 0.9: "
-    return markdown(heads + "| m under 0.1: | decisions changed:", (
-        (f"`{name}`" if "=" in name else name, f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}",
-         show_difference(rows, found["experts"]), percent(mean(rows, "experts_on")),
-         f"{mean(rows, 'entropy'):.3f}", percent(mean(rows, "near_one")),
-         percent(mean(rows, "near_zero")), percent(statistics.mean(
-             value for row in rows for layer in row["changed_per_block"] for value in layer)))
         for name, rows in found.items()
     ))  # fmt: skip
 
@@ -266,6 +247,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "sparse": sparse,
     "faults": faults,
+    "variants": lambda: compared("variants", "canonical"),
+    "curve": curve,
+    "probes": probes,
+    "cuts": cuts,
 }
 
 
