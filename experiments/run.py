@@ -24,6 +24,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from checkpoint import load_checkpoint  # noqa: E402
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results.jsonl"
@@ -83,28 +86,31 @@ def variants() -> Iterator[dict]:
 def sizes() -> Iterator[dict]:
     """Parallel, decoder-only and serial stacks at equal parameters and steps, three sizes."""
     lateral = "--lateral=True --decoder_self_attention=False"
-    large = (
-        "--block_size=128 --batch_size=12 --max_iters=600 --lr_decay_iters=600 --eval_interval=150"
-    )
+    longer = "--max_iters=500 --lr_decay_iters=500 --eval_interval=125 --warmup_iters=60"
     for size, seeds, steps, widths in (
         ("0.33 M", 5, SHORT, (76, 80, 96)),
         ("0.8 M", 5, SHORT, (120, 126, 150)),
-        ("3 M", 3, large, (232, 244, 292)),
+        ("3 M", 3, f"{longer} --block_size=128 --n_head=4", (232, 244, 292)),
     ):
-        canonical, simple, decoder_only = (f"--n_embd={n}" for n in widths)
-        heads = "" if size != "3 M" else "--n_head=4 --warmup_iters=60"
-        base = f"{steps} {heads}"
-        yield run(f"parallel, {size}", f"config/canonical.py {base} {canonical}", seeds=seeds)
-        yield run(f"lateral, {size}", f"config/canonical.py {base} {lateral} {simple}", seeds=seeds)
-        yield run(
-            f"decoder-only, {size}", f"config/decoder_only.py {base} {decoder_only}", seeds=seeds
-        )
-        yield run(
-            f"serial, {size}",
-            f"config/canonical.py {base} {canonical}",
-            seeds=seeds,
-            peer="serial()",
-        )
+        canonical, simple, gpt = (f"{steps} --n_embd={width}" for width in widths)
+        yield run(f"parallel, {size}", f"config/canonical.py {canonical}", seeds)
+        yield run(f"lateral, {size}", f"config/canonical.py {simple} {lateral}", seeds)
+        if size != "3 M":  # for the time
+            yield run(f"serial, {size}", f"config/canonical.py {canonical}", seeds, peer="serial()")
+        yield run(f"decoder-only, {size}", f"config/decoder_only.py {gpt}", seeds)
+
+
+def large() -> Iterator[dict]:
+    """The presets' layer and a GPT of 11 million parameters, half an hour each."""
+    steps = (
+        "--block_size=256 --batch_size=8 --max_iters=800 --lr_decay_iters=800 --n_head=6 "
+        "--learning_rate=3e-3 --eval_interval=200"
+    )
+    dense = f"config/shakespeare_char_dense.py {steps} --n_layer=3 --n_embd=384"
+    yield run("lateral, 11 M", dense, seeds=1)
+    yield run(
+        "decoder-only, 11 M", f"config/decoder_only.py {steps} --n_layer=6 --n_embd=396", seeds=1
+    )
 
 
 def experts() -> Iterator[dict]:
@@ -114,12 +120,18 @@ def experts() -> Iterator[dict]:
         "entropy_weight=0.05",
         "entropy_weight=0.2",
         "entropy_weight=1.0",
+        "entropy_weight=0.2 --l1_weight=0.2",
+        "entropy_weight=1.0 --l1_weight=0.2",
+        "entropy_weight=0.2 --l1_weight=0.0",
+        "entropy_weight=1.0 --l1_weight=0.0",
         "l1_norm=linear --l1_weight=0.5",
         "penalty_schedule=constant",
         "penalty_schedule=linear",
+        "penalty_iters=250",
         "shift_init=1.5",
         "shift_init=3.1",
         "rounding=sigmoid",
+        "rounding=sigmoid --rounding_scale=6",
         "rounding=none",
         "rounding=none --entropy_weight=0.2",
         "n_expert=4",
@@ -149,7 +161,7 @@ def inside() -> Iterator[dict]:
         yield run(name, settings, seeds=3, analyse=True)
 
 
-QUESTIONS = (curve, variants, sizes, experts, inside)
+QUESTIONS = (curve, variants, sizes, experts, inside, large)
 
 
 def run(name: str, settings: str, seeds: int, peer: str = "", analyse: bool = False) -> dict:
@@ -173,11 +185,13 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
         log = Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
         *evaluations, whole = map(json.loads, log)
         found = {}
+        if not peer:  # whose checkpoint need not fit
+            model, _ = load_checkpoint(f"{out_dir}/ckpt.pt")
+            found["flops_per_token"] = model.estimate_mfu(1, model.config.block_size, peak_flops=1)
         if analyse:
             command = [sys.executable, "experiments/probes.py", f"{out_dir}/ckpt.pt"]
-            found = json.loads(
-                subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
-            )
+            said = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+            found.update(json.loads(said))
     last = evaluations[-1]
     kept = ("experts_on",) if peer else ("experts_on", "changed")  # a peer's m is no mask
     per_block = {f"{k}_per_block": last[k] for k in kept if k in last}

@@ -60,7 +60,10 @@ def difference(rows: list[dict], base: list[dict]) -> tuple[float, float]:
 
 
 def show_difference(rows: list[dict], base: list[dict]) -> str:
-    return "" if rows is base else "{:+.3f} ± {:.3f}".format(*difference(rows, base))
+    if rows is base:
+        return ""
+    delta, se = difference(rows, base)
+    return f"{delta:+.3f}" + ("" if math.isnan(se) else f" ± {se:.3f}")
 
 
 def percent(share: float | None) -> str:
@@ -184,6 +187,37 @@ def compared(question: str, base: str) -> str:
     ))  # fmt: skip
 
 
+def sizes() -> str:
+    """Stacks of one size; the difference is that to decoder-only."""
+    found = runs("sizes") | runs("large")
+
+    def flops(name: str, size: str) -> str:
+        like = "parallel" if name.startswith("serial") else name.split(", ")[0]  # the same products
+        return f"{found[f'{like}, {size}'][0]['flops_per_token'] / 1e6:.2f}"
+
+    heads = "| parameters: | MFLOP per token: | iterations: | seconds: | seeds: | loss: "
+    return markdown(heads + "| to decoder-only:", (
+        (name, f"{rows[0]['parameters']:,}", flops(name, size), f"{rows[0]['iterations']:,}",
+         f"{statistics.median(row['seconds'] for row in rows):,.0f}", str(len(rows)),
+         f"{mean(rows):.3f}", show_difference(rows, found[f"decoder-only, {size}"]))
+        for name, rows in found.items() for size in [name.split(", ")[1]]
+    ))  # fmt: skip
+
+
+def experts() -> str:
+    """The hyperparameters of learned dropout, one at a time."""
+    found = runs("experts")
+    heads = "| parameters: | loss: | difference: | experts on: | entropy, bits: | m over 0.9: "
+    return markdown(heads + "| m under 0.1: | decisions changed:", (
+        (name, f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}",
+         show_difference(rows, found["experts"]), percent(mean(rows, "experts_on")),
+         f"{mean(rows, 'entropy'):.3f}", percent(mean(rows, "near_one")),
+         percent(mean(rows, "near_zero")), percent(statistics.mean(
+             value for row in rows for layer in row["changed_per_block"] for value in layer)))
+        for name, rows in found.items()
+    ))  # fmt: skip
+
+
 def active(rows: list[dict]) -> float:
     """Parameters that a token meets on the mean, where experts that are off do not count."""
     parameters = rows[0]["parameters"]
@@ -237,6 +271,22 @@ def cuts() -> str:
     ))  # fmt: skip
 
 
+def use() -> str:
+    """What the experts of each block respond to: the mean over all, and the most of one."""
+    rows = [row["experts"] for row in runs("inside")["experts"]]
+    targets = ("current_token", "next_token", "eighth_of_the_line")
+    lines = []
+    for b, block in enumerate(rows[0]["blocks"]):
+        bits = ([x for row in rows for x in row[f"bits_of_{target}"][b]] for target in targets)
+        lines.append((
+            {"e": "encoder ", "d": "decoder "}[block[0]] + block[1:],
+            *(", ".join(str(row[when][b]) for row in rows) for when in ("never_on", "always_on")),
+            *(f"{statistics.mean(of):.2f}, {max(of):.2f}" for of in bits),
+        ))  # fmt: skip
+    heads = "block | never on: | always on: | bits of the current character: "
+    return markdown(heads + "| of the next one: | of the eighth of the line:", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "recipe": recipe,
     "training, 128 wide": lambda: training("C=128"),
@@ -247,8 +297,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "sparse": sparse,
     "faults": faults,
+    "sizes": sizes,
     "variants": lambda: compared("variants", "canonical"),
     "curve": curve,
+    "experts": experts,
+    "use": use,
     "probes": probes,
     "cuts": cuts,
 }

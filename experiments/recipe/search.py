@@ -2,7 +2,7 @@
 
     python experiments/recipe/search.py         the lines of trials.txt not in results.jsonl yet
 
-A line of trials.txt: settings; patch; seed; max_seconds; threads. Settings follow ../base.py, or
+A line of trials.txt: settings; patch; seed; max_seconds; threads. Settings follow base.py, or
 start with a preset of their own, with its evaluations. Runs of one thread go two at a time, runs of
 two threads alone. A patch changes what is no setting, such as the initialisation, before train.py
 runs. slow/ has the presets of the machine on which most of it was run, a third as fast as that of
@@ -106,7 +106,10 @@ def read_trials() -> list[dict]:
 def run(trial: dict) -> None:
     """One training run, in a folder of its own; appends its figures to the results."""
     with tempfile.TemporaryDirectory() as out_dir:
-        base = ["experiments/base.py", "--eval_interval=1000000"]  # the end alone is of interest
+        base = [
+            "experiments/recipe/base.py",
+            "--eval_interval=1000000",
+        ]  # the end alone is of interest
         base = [] if re.match(r"\S+\.py", trial["settings"]) else base
         argv = ["train.py", *base, *trial["settings"].split(), f"--seed={trial['seed']}"]
         argv += [f"--max_seconds={trial['max_seconds']}", f"--out_dir={out_dir}", "--device=cpu"]
