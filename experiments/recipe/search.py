@@ -106,10 +106,8 @@ def read_trials() -> list[dict]:
 def run(trial: dict) -> None:
     """One training run, in a folder of its own; appends its figures to the results."""
     with tempfile.TemporaryDirectory() as out_dir:
-        base = [
-            "experiments/recipe/base.py",
-            "--eval_interval=1000000",
-        ]  # the end alone is of interest
+        # Without a preset the end alone is of interest.
+        base = ["experiments/recipe/base.py", "--eval_interval=1000000"]
         base = [] if re.match(r"\S+\.py", trial["settings"]) else base
         argv = ["train.py", *base, *trial["settings"].split(), f"--seed={trial['seed']}"]
         argv += [f"--max_seconds={trial['max_seconds']}", f"--out_dir={out_dir}", "--device=cpu"]
