@@ -157,6 +157,7 @@ def inside() -> Iterator[dict]:
         "decoder-only": f"config/decoder_only.py {SHORT}",
         "encoder_loss=cosine": f"{SMALL} --encoder_loss=cosine",
         "experts": EXPERTS,
+        "experts, lateral": f"{EXPERTS} {lateral}",
     }.items():
         yield run(name, settings, seeds=3, analyse=True)
 

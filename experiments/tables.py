@@ -273,17 +273,17 @@ def cuts() -> str:
 
 def use() -> str:
     """What the experts of each block respond to: the mean over all, and the most of one."""
-    rows = [row["experts"] for row in runs("inside")["experts"]]
+    found = {name: [row["experts"] for row in rows] for name, rows in runs("inside").items()
+             if "experts" in rows[0]}  # fmt: skip
     targets = ("current_token", "next_token", "eighth_of_the_line")
     lines = []
-    for b, block in enumerate(rows[0]["blocks"]):
-        bits = ([x for row in rows for x in row[f"bits_of_{target}"][b]] for target in targets)
-        lines.append((
-            {"e": "encoder ", "d": "decoder "}[block[0]] + block[1:],
-            *(", ".join(str(row[when][b]) for row in rows) for when in ("never_on", "always_on")),
-            *(f"{statistics.mean(of):.2f}, {max(of):.2f}" for of in bits),
-        ))  # fmt: skip
-    heads = "block | never on: | always on: | bits of the current character: "
+    for name, rows in found.items():
+        for b, block in enumerate(rows[0]["blocks"]):
+            bits = ([x for row in rows for x in row[f"bits_of_{target}"][b]] for target in targets)
+            ends = (", ".join(str(row[w][b]) for row in rows) for w in ("never_on", "always_on"))
+            shares = (f"{statistics.mean(of):.2f}, {max(of):.2f}" for of in bits)
+            lines.append((name, block, *ends, *shares))
+    heads = "| block | never on: | always on: | bits of the current character: "
     return markdown(heads + "| of the next one: | of the eighth of the line:", lines)
 
 
