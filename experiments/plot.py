@@ -107,34 +107,32 @@ def probes() -> None:
 
 def experts() -> None:
     """The share of experts on, by kind of character and by place in the window."""
-    rows = runs("inside")["experts"]
-    found = [row["experts"] for row in rows]
-    blocks = found[0]["blocks"]
-    names = {"e": "encoder", "d": "decoder"}
-    labels = [f"{names[block[0]]} {block[1:]}" for block in blocks]
-    kinds = list(found[0]["on_by_kind"])
-    share = [
-        [100 * statistics.mean(f["on_by_kind"][kind][b] for f in found) for b in range(len(blocks))]
-        for kind in kinds
-    ]
-    _, (left, right) = plt.subplots(1, 2, figsize=(10, 3), width_ratios=(1, 1.2))
-    left.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for y, row in enumerate(share):
-        for x, value in enumerate(row):
-            left.text(x, y, f"{value:.0f}", ha="center", va="center",
-                      color="white" if value > 55 else "#303030")  # fmt: skip
-    left.set_xticks(range(len(blocks)), labels, rotation=20)
-    left.set_yticks(range(len(kinds)), kinds)
-    left.set_title("experts on, %, by kind of character", fontsize=10)
-    for b, (label, color) in enumerate(zip(labels, (BLUE, ORANGE, GREEN, RED), strict=True)):
+    models = {"experts": "canonical", "experts, lateral": "lateral"}
+    colors = (BLUE, ORANGE, GREEN, RED)
+    _, axes = plt.subplots(1, 3, figsize=(12, 3), width_ratios=(1, 1, 1.1))
+    for ax, (name, label) in zip(axes, models.items(), strict=False):
+        found = [row["experts"] for row in runs("inside")[name]]
+        blocks, kinds = found[0]["blocks"], list(found[0]["on_by_kind"])
+        share = [
+            [100 * statistics.mean(f["on_by_kind"][k][b] for f in found) for b in range(4)]
+            for k in kinds
+        ]
+        ax.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        for y, row in enumerate(share):
+            for x, value in enumerate(row):
+                ax.text(x, y, f"{value:.0f}", ha="center", va="center",
+                        color="white" if value > 55 else "#303030")  # fmt: skip
+        ax.set_xticks(range(4), blocks)
+        ax.set_yticks(range(len(kinds)), kinds if ax is axes[0] else [])
+        ax.set_title(f"{label}: experts on, %, by character", fontsize=10)
+    for b, color in enumerate(colors):
         places = zip(*(f["on_by_place"][b] for f in found), strict=True)
-        right.plot(
-            range(9, 65), [100 * statistics.mean(p) for p in places], color=color, label=label
-        )
-    right.set_xlabel("place in the window")
-    right.set_title("experts on, %, by place", fontsize=10)
-    right.legend(fontsize=8)
-    right.set_ylim(0, 102)
+        share = [100 * statistics.mean(p) for p in places]
+        axes[2].plot(range(9, 9 + len(share)), share, color=color, label=blocks[b])
+    axes[2].set_xlabel("place in the window")
+    axes[2].set_title("lateral: experts on, %, by place", fontsize=10)
+    axes[2].legend(fontsize=8, ncols=4)
+    axes[2].set_ylim(0, 102)
     save("experts_use")
 
 

@@ -7,10 +7,10 @@ of each are not counted. Probes: for each stream, E and what each layer of each 
 linear map of the standardised vector, trained on every second window, names the current token, the
 token 8 back, the next token, the speaker (the ten who speak most; their names are not counted) and
 the eighth of the line (its first 64 characters); the figure is the share that is right in the other
-windows. Cuts: the loss with a layer's cross-attention, or lateral, left out, and with
-self-attention that sees the last w tokens alone. Experts: the share on by kind of character, by
-place in the window and by speaker, mutual information in bits of one decision and the character,
-experts that are never on, or always.
+windows. Cuts: the loss with a layer's cross-attention, or lateral, left out, and with one kind of
+attention, in all layers, that sees the last w tokens alone. Experts: the share on by kind of
+character, by place in the window and by speaker, mutual information in bits of one decision and the
+character, experts that are never on, or always.
 """
 
 import json
@@ -153,14 +153,18 @@ def loss_of(model: ParallelEncoderDecoder, x: Tensor, y: Tensor) -> float:
 def cuts(model: ParallelEncoderDecoder, x: Tensor, y: Tensor) -> dict[str, float]:
     """Losses with something left out, at test time alone."""
     losses = {"nothing": loss_of(model, x, y)}
-    stacks = {"encoder": getattr(model, "encoder", []), "decoder": model.decoder}
+    kinds = {
+        "encoder": [layer.attention for layer in getattr(model, "encoder", ())],
+        "decoder": [layer.attention for layer in model.decoder],
+        "cross_attention": [getattr(layer, "cross_attention", None) for layer in model.decoder],
+    }
     for k, layer in enumerate(model.decoder):
         for name in ("cross_attention", "lateral"):
             if isinstance(module := getattr(layer, name, None), nn.Module):
                 with cut(module):
                     losses[f"{name} of layer {k + 1}"] = loss_of(model, x, y)
-    for name, stack in stacks.items():
-        attentions = [layer.attention for layer in stack if layer.attention is not None]
+    for name, attentions in kinds.items():
+        attentions = [attention for attention in attentions if attention is not None]
         for window in (1, 2, 4, 8, 16, 32) if attentions else ():
             with windowed(attentions, window):
                 losses[f"{name} sees {window}"] = loss_of(model, x, y)
