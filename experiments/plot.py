@@ -44,6 +44,7 @@ def curve() -> None:
     kinds = {
         "learned dropout, l1_weight swept": (BLUE, "o-", "l1_weight="),
         "top k of 16 experts": (ORANGE, "s-", "top "),
+        "dense, no encoder feed-forward": (RED, "d-", "no encoder"),
         "dense, narrower": (GREEN, "^-", "dense, 76 wide|dense, 70|dense, 64|dense, 58|dense, 52"),
     }
     _, ax = plt.subplots(figsize=(6.4, 3.6))

@@ -48,7 +48,12 @@ def curve() -> Iterator[dict]:
         yield run(f"dense, {n_embd} wide", f"{SMALL} --n_embd={n_embd}", seeds=3)
     for dropout in (0.1, 0.2):
         yield run(f"dense, dropout={dropout}", f"{SMALL} --dropout={dropout}", seeds=3)
-    for k in (2, 4, 8):
+    for n_embd in (76, 90):
+        yield run(
+            f"no encoder feed-forward, {n_embd} wide", f"{SMALL} --n_embd={n_embd}", seeds=3,
+            peer="attention_encoder()",
+        )  # fmt: skip
+    for k in (2, 4, 8, 16):
         yield run(f"top {k} of 16", f"{SMALL} --n_expert=16", seeds=3, peer=f"top_k({k})")
 
 
@@ -234,7 +239,7 @@ def main() -> None:
     asked = [q for q in QUESTIONS if q.__name__ in (sys.argv[1:] or names)]
     jobs = [(q.__name__, r, seed) for q in asked for r in q() for seed in r["seeds"]]
     jobs.sort(key=lambda job: job[2])
-    lock, version = threading.Lock(), commit()
+    lock = threading.Lock()
     what = ("question", "name", "settings", "peer", "seed")
     jobs = [{"question": q, **asked, "seed": seed} for q, asked, seed in jobs]
     done = {tuple(row[field] for field in what) for row in rows}
@@ -242,6 +247,7 @@ def main() -> None:
 
     def work(number: int) -> None:
         job = {name: value for name, value in jobs[number].items() if name != "seeds"}
+        version = commit()
         figures = train(job["settings"], job["peer"], job["analyse"], job["seed"])
         row = {**job, "commit": version, **figures}
         with lock, open(RESULTS, "a", encoding="utf-8") as file:
@@ -261,8 +267,11 @@ def repeat(rows: list[dict], line: str) -> None:
     row = rows[int(line) - 1]
     again = train(row["settings"], row["peer"], False, row["seed"])
     difference = again["val_loss"] - row["val_loss"]
-    print(f"{row['question']}: {row['name']}, seed {row['seed']}: {again['val_loss']} now, "
-          f"{row['val_loss']} then, a difference of {difference:.2g}")  # fmt: skip
+    print(
+        f"{row['question']}: {row['name']}, seed {row['seed']}: {again['val_loss']} now, at commit "
+        f"{commit()}, {row['val_loss']} then, at {row['commit']}: a difference of {difference:.2g}"
+    )
+    sys.exit(difference != 0)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,12 @@ def read(name: str) -> list | dict:
 def runs(question: str) -> dict[str, list[dict]]:
     """The runs of a question by their names, in its order, those of one name by their seeds."""
     rows = [row for row in read("results.jsonl") if row["question"] == question]
-    names = [asked["name"] for ask in QUESTIONS if ask.__name__ == question for asked in ask()]
-    found = {name: sorted_by_seed([r for r in rows if r["name"] == name]) for name in names}
+    asked = [run for ask in QUESTIONS if ask.__name__ == question for run in ask()]
+    what = ("name", "settings", "peer")
+    found = {
+        run["name"]: sorted_by_seed([r for r in rows if all(r[k] == run[k] for k in what)])
+        for run in asked
+    }
     return {name: of_name for name, of_name in found.items() if of_name}
 
 
@@ -201,6 +205,7 @@ def sizes() -> str:
          f"{statistics.median(row['seconds'] for row in rows):,.0f}", str(len(rows)),
          f"{mean(rows):.3f}", show_difference(rows, found[f"decoder-only, {size}"]))
         for name, rows in found.items() for size in [name.split(", ")[1]]
+        if f"decoder-only, {size}" in found
     ))  # fmt: skip
 
 
@@ -259,6 +264,7 @@ def cuts() -> str:
     """Losses with something left out at test time, as differences from the whole model."""
     found = runs("inside")
     names = list(dict.fromkeys(name for rows in found.values() for name in rows[0]["cuts"]))
+    names = [name for name in names if not name.endswith(("sees 4", "sees 16"))]
 
     def cell(rows: list[dict], name: str) -> str:
         if name not in rows[0]["cuts"]:
@@ -275,16 +281,17 @@ def use() -> str:
     """What the experts of each block respond to: the mean over all, and the most of one."""
     found = {name: [row["experts"] for row in rows] for name, rows in runs("inside").items()
              if "experts" in rows[0]}  # fmt: skip
-    targets = ("current_token", "next_token", "eighth_of_the_line")
+    targets = ("current_token", "next_token", "place_in_the_line")
     lines = []
     for name, rows in found.items():
         for b, block in enumerate(rows[0]["blocks"]):
-            bits = ([x for row in rows for x in row[f"bits_of_{target}"][b]] for target in targets)
+            bits = [[x for row in rows for x in row["entropy_of_decisions"][b]]]
+            bits += ([x for row in rows for x in row[f"bits_of_{target}"][b]] for target in targets)
             ends = (", ".join(str(row[w][b]) for row in rows) for w in ("never_on", "always_on"))
             shares = (f"{statistics.mean(of):.2f}, {max(of):.2f}" for of in bits)
             lines.append((name, block, *ends, *shares))
-    heads = "| block | never on: | always on: | bits of the current character: "
-    return markdown(heads + "| of the next one: | of the eighth of the line:", lines)
+    heads = "| block | never on: | always on: | entropy of the decision: | bits of this character: "
+    return markdown(heads + "| of the next one: | of the place in the line:", lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
