@@ -288,7 +288,7 @@ def use() -> str:
             bits = [[x for row in rows for x in row["entropy_of_decisions"][b]]]
             bits += ([x for row in rows for x in row[f"bits_of_{target}"][b]] for target in targets)
             ends = (", ".join(str(row[w][b]) for row in rows) for w in ("never_on", "always_on"))
-            shares = (f"{statistics.mean(of):.2f}, {max(of):.2f}" for of in bits)
+            shares = (f"{statistics.mean(of) + 0.0:.2f}, {max(of) + 0.0:.2f}" for of in bits)
             lines.append((name, block, *ends, *shares))
     heads = "| block | never on: | always on: | entropy of the decision: | bits of this character: "
     return markdown(heads + "| of the next one: | of the place in the line:", lines)
