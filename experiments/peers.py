@@ -51,7 +51,7 @@ def serial() -> None:
 
 def attention_encoder() -> None:
     class Nothing(nn.Module):
-        def forward(self, x: Tensor, m: None = None, cache: Cache | None = None) -> tuple:
+        def forward(self, x: Tensor, m: Tensor | None = None, cache: Cache | None = None) -> tuple:
             return torch.zeros_like(x), None
 
     init = EncoderLayer.__init__
@@ -108,10 +108,12 @@ def top_k(k: int) -> None:
     ParallelEncoderDecoder.forward = with_balance
 
 
+PEERS = {"serial()": serial, "attention_encoder()": attention_encoder}
+
 if __name__ == "__main__":
     peer, *args = sys.argv[1:] or [""]
-    if peer in ("serial()", "attention_encoder()"):
-        globals()[peer.removesuffix("()")]()
+    if peer in PEERS:
+        PEERS[peer]()
     elif (found := re.fullmatch(r"top_k\((\d+)\)", peer)) and int(found[1]) >= 2:
         top_k(int(found[1]))
     else:

@@ -111,7 +111,7 @@ def experts() -> None:
     models = {"experts": "canonical", "experts, lateral": "lateral"}
     colors = (BLUE, ORANGE, GREEN, RED)
     _, axes = plt.subplots(1, 3, figsize=(12, 3), width_ratios=(1, 1, 1.1))
-    for ax, (name, label) in zip(axes, models.items(), strict=False):
+    for ax, (name, label) in zip(axes[:2], models.items(), strict=True):
         found = [row["experts"] for row in runs("inside")[name]]
         blocks, kinds = found[0]["blocks"], list(found[0]["on_by_kind"])
         share = [
@@ -126,7 +126,7 @@ def experts() -> None:
         ax.set_xticks(range(4), blocks)
         ax.set_yticks(range(len(kinds)), kinds if ax is axes[0] else [])
         ax.set_title(f"{label}: experts on, %, by character", fontsize=10)
-    for b, color in enumerate(colors):
+    for b, color in enumerate(colors):  # of the last model, in which no block is off
         places = zip(*(f["on_by_place"][b] for f in found), strict=True)
         share = [100 * statistics.mean(p) for p in places]
         axes[2].plot(range(9, 9 + len(share)), share, color=color, label=blocks[b])

@@ -24,9 +24,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoint import load_checkpoint  # noqa: E402
-
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results.jsonl"
@@ -34,6 +31,8 @@ RESULTS = HERE / "results.jsonl"
 # The canonical layer at the size of the presets, or decoder-only, for 1,000 iterations.
 SHORT = "--block_size=64 --max_iters=1000 --lr_decay_iters=1000 --eval_interval=250"
 SMALL = f"config/canonical.py {SHORT}"
+# The layer of the presets.
+LATERAL = "--lateral=True --decoder_self_attention=False"
 EXPERTS = (
     f"{SMALL} --n_expert=16 --l1_norm=squared --l1_weight=1.0 --penalty_schedule=exponential "
     "--penalty_iters=1000"
@@ -83,14 +82,13 @@ def variants() -> Iterator[dict]:
     )
     yield run(
         "both, 80 wide",
-        f"{SMALL} --lateral=True --decoder_self_attention=False --n_embd=80",
+        f"{SMALL} {LATERAL} --n_embd=80",
         seeds=5,
     )
 
 
 def sizes() -> Iterator[dict]:
     """Parallel, decoder-only and serial stacks at equal parameters and steps, three sizes."""
-    lateral = "--lateral=True --decoder_self_attention=False"
     longer = "--max_iters=500 --lr_decay_iters=500 --eval_interval=125 --warmup_iters=60"
     for size, seeds, steps, widths in (
         ("0.33 M", 5, SHORT, (76, 80, 96)),
@@ -99,7 +97,7 @@ def sizes() -> Iterator[dict]:
     ):
         canonical, simple, gpt = (f"{steps} --n_embd={width}" for width in widths)
         yield run(f"parallel, {size}", f"config/canonical.py {canonical}", seeds)
-        yield run(f"lateral, {size}", f"config/canonical.py {simple} {lateral}", seeds)
+        yield run(f"lateral, {size}", f"config/canonical.py {simple} {LATERAL}", seeds)
         if size != "3 M":  # for the time
             yield run(f"serial, {size}", f"config/canonical.py {canonical}", seeds, peer="serial()")
         yield run(f"decoder-only, {size}", f"config/decoder_only.py {gpt}", seeds)
@@ -155,7 +153,7 @@ def experts() -> Iterator[dict]:
 
 def inside() -> Iterator[dict]:
     """What the streams hold, by linear probes and by cuts, and what the experts respond to."""
-    lateral = "--lateral=True --decoder_self_attention=False --n_embd=80"
+    lateral = f"{LATERAL} --n_embd=80"
     for name, settings in {
         "canonical": SMALL,
         "lateral, no decoder self-attention": f"{SMALL} {lateral}",
@@ -192,6 +190,9 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
         *evaluations, whole = map(json.loads, log)
         found = {}
         if not peer:  # whose checkpoint need not fit
+            sys.path.insert(0, str(ROOT))
+            from checkpoint import load_checkpoint  # here: the tables need the grids, but no torch
+
             model, _ = load_checkpoint(f"{out_dir}/ckpt.pt")
             found["flops_per_token"] = model.estimate_mfu(1, model.config.block_size, peak_flops=1)
         if analyse:

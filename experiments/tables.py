@@ -264,7 +264,6 @@ def cuts() -> str:
     """Losses with something left out at test time, as differences from the whole model."""
     found = runs("inside")
     names = list(dict.fromkeys(name for rows in found.values() for name in rows[0]["cuts"]))
-    names = [name for name in names if not name.endswith(("sees 4", "sees 16"))]
 
     def cell(rows: list[dict], name: str) -> str:
         if name not in rows[0]["cuts"]:
