@@ -126,12 +126,17 @@ def share_of(p: Tensor, whole: Tensor) -> Tensor:
 def configure_optimizers(
     model: nn.Module, adamw: dict[str, Any], muon: dict[str, Any] | None
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters of the model; or Muon for its `matrices()`, AdamW for the rest.
+    """AdamW for all parameters of the model; or Muon for the weights of its nn.Linear modules, of
+    which one with `sizes` stacks matrices of so many rows, AdamW for the rest.
 
     `adamw` and `muon` are their arguments, `muon` None to do without. AdamW's weight decay acts on
     parameters of two dimensions and more.
     """
-    matrices = model.matrices() if muon is not None else {}
+    matrices = defaultdict(list)  # weights, by the rows of the matrices that each of them stacks
+    for module in model.modules() if muon is not None else ():
+        if isinstance(module, nn.Linear):
+            rows = getattr(module, "sizes", (module.out_features,))
+            matrices[rows].append(module.weight)
     by_muon = {id(p) for weights in matrices.values() for p in weights}
     rest = [p for p in model.parameters() if id(p) not in by_muon]
     groups = [

@@ -5,6 +5,7 @@ python -m pytest test_inference.py
 
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import inference as inference_file
-from inference import Inference, SparseToken, evenly_spaced, linear
+from inference import (
+    Inference,
+    SparseToken,
+    evenly_spaced,
+    linear,
+    sparse_pays,
+    sparse_tokens,
+)
 from model import Cache, FeedForward, ModelConfig, ParallelEncoderDecoder, apply_mask
 from test_model import SMALL, all_logits, build, every_variant, random_ids
 
@@ -131,7 +139,7 @@ def test_a_changed_model_is_refused(monkeypatch):
         patch.setattr(
             type(model.decoder[0]),
             "forward",
-            lambda self, d, e, *rest: forward(self, d, e.flip(-1), *rest),
+            lambda self, x, e, *rest: forward(self, 2 * x, e, *rest),
         )
         with pytest.raises(ValueError, match="other logits than model.py, by "):
             Inference(model)
@@ -155,28 +163,63 @@ def test_the_cache_is_allocated_once():
 # ---- experts that are off ---------------------------------------------------
 
 
+SPARSE = [(SparseToken, 1)] + [(lambda ff: partial(sparse_tokens, ff), n) for n in (1, 10, 32)]
+every_sparse_way = pytest.mark.parametrize("sparse, tokens", SPARSE)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
+@every_sparse_way
 @torch.no_grad()
-def test_a_sparse_token_equals_the_masked_product(share, bias):
+def test_sparse_experts_equal_the_masked_product(sparse, tokens, share, bias):
     torch.manual_seed(0)
     ff = FeedForward(ModelConfig(**SMALL, n_expert=16, bias=bias)).eval()
     for p in ff.parameters():
         p.add_(torch.randn_like(p) * 0.2)
-    sparse = SparseToken(ff)
     for _ in range(20):
-        x, on = torch.randn(1, 24), (torch.rand(1, 16) < share).float()
-        dense = ff.w2(apply_mask(F.gelu(ff.w1(x)).unsqueeze(1), on.unsqueeze(1)))[:, 0]
-        torch.testing.assert_close(sparse(x, on), dense, atol=1e-5, rtol=1e-5)
+        x, on = torch.randn(tokens, 24), (torch.rand(tokens, 16) < share).float()
+        dense = ff.w2(apply_mask(F.gelu(ff.w1(x))[None], on[None]))[0]
+        torch.testing.assert_close(sparse(ff)(x, on), dense, atol=1e-5, rtol=1e-5)
+
+
+@every_sparse_way
+@torch.no_grad()
+def test_the_weights_of_experts_that_are_off_are_not_read(sparse, tokens):
+    ff = FeedForward(ModelConfig(**SMALL, n_expert=4)).eval()
+    x, on = torch.randn(tokens, 24), torch.tensor([[1.0, 0, 0, 1]]).expand(tokens, 4)
+    expected = sparse(ff)(x, on)
+    ff.w1.weight[24:72] = ff.w2.weight[:, 24:72] = math.nan  # experts 1 and 2
+    assert torch.equal(sparse(ff)(x, on), expected)
 
 
 @torch.no_grad()
-def test_the_weights_of_experts_that_are_off_are_not_read():
+def test_sparse_experts_under_autocast():
+    """They are as close to float32 as the masked product is."""
+    torch.manual_seed(0)
     ff = FeedForward(ModelConfig(**SMALL, n_expert=4)).eval()
-    x, on = torch.randn(1, 24), torch.tensor([[1.0, 0, 0, 1]])
-    expected = SparseToken(ff)(x, on)
-    ff.w1.weight[24:72] = ff.w2.weight[:, 24:72] = math.nan  # experts 1 and 2
-    assert torch.equal(SparseToken(ff)(x, on), expected)
+    for tokens in (1, 10):
+        x, on = torch.randn(tokens, 24), (torch.rand(tokens, 4) < 0.5).float()
+        dense = lambda x=x, on=on: ff.w2(apply_mask(F.gelu(ff.w1(x))[None], on[None]))[0]  # noqa: E731
+        expected = dense()
+        with torch.autocast("cpu", torch.bfloat16):
+            found, of_dense = sparse_tokens(ff, x, on), dense()
+        allowed = 2 * (of_dense - expected).abs().max()
+        assert allowed > 0 and (found - expected).abs().max() < allowed
+
+
+def test_when_sparse_pays():
+    """By hand: for one token n (1.15 w + 240,000) < 16 w, with w = 294,912 weights an expert where
+    C = 768; for 512 tokens 512 n 1.15 w + 16 * 9e6 < 512 * 16 w."""
+    sizes = [dict(n_embd=64, n_head=1), dict(n_embd=768), dict(n_embd=768, expert_site="output")]
+    small, large, output = (FeedForward(ModelConfig(**fields, n_expert=16)) for fields in sizes)
+
+    def pays(ff, tokens):
+        masks = [(torch.arange(16) < n).float().expand(tokens, 16) for n in range(17)]
+        return [n for n, r in enumerate(masks) if sparse_pays(ff, r)]
+
+    assert not pays(small, 1) and pays(small, 512) == [0] and not pays(output, 512)
+    assert pays(large, 1) == list(range(9)) and pays(large, 512) == list(range(14))
+    assert pays(large, 10) == [0]
 
 
 @pytest.mark.parametrize(
@@ -187,15 +230,13 @@ def test_sparse_experts_equal_the_dense_ones(fields, batch, size, monkeypatch):
     model, text = build({"n_expert": 16, **fields}), random_ids(batch, 16)
     assert 0.1 < model.expert_masks(text).mean() < 0.9
     how, shapes = dict(max_new_tokens=20, temperature=0), []
-    monkeypatch.setattr(FeedForward, "sparse_pays", lambda *_: False)
+    monkeypatch.setattr(inference_file, "sparse_pays", lambda *_: False)
     dense = Inference(model).generate(text, **how)
-    monkeypatch.setattr(FeedForward, "sparse_pays", lambda *_: True)
-    for sparse in (SparseToken.__call__, FeedForward.sparse):
-        cls, name = (
-            (SparseToken, "__call__") if sparse is SparseToken.__call__ else (FeedForward, "sparse")
-        )
-        spy = lambda self, x, r, f=sparse: shapes.append(tuple(x.shape)) or f(self, x, r)  # noqa: E731
-        monkeypatch.setattr(cls, name, spy)
+    monkeypatch.setattr(inference_file, "sparse_pays", lambda *_: True)
+    for owner, name in ((SparseToken, "__call__"), (inference_file, "sparse_tokens")):
+        spied = getattr(owner, name)
+        spy = lambda it, x, r, f=spied: shapes.append(tuple(x.shape)) or f(it, x, r)  # noqa: E731
+        monkeypatch.setattr(owner, name, spy)
     fast = Inference(model)
     shapes.clear()
     assert torch.equal(fast.generate(text, **how), dense)

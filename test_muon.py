@@ -7,7 +7,7 @@ import torch
 
 import muon
 from model import ModelConfig, ParallelEncoderDecoder
-from muon import Muon, orthogonalize
+from muon import Muon, configure_optimizers, orthogonalize
 
 SHAPES = [(8, 8), (8, 13), (8, 32), (32, 8), (1, 5)]  # square, wide, twice as wide, tall, a row
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5  # the coefficients that torch.optim.Muon has
@@ -128,10 +128,11 @@ def test_the_matrices_of_a_model(fields, rows):
     model = ParallelEncoderDecoder(
         ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=65, bias=True, **fields)
     )
-    found = [p for weights in model.matrices().values() for p in weights]
+    groups = configure_optimizers(model, {}, {})[1].param_groups
+    found = [p for group in groups for p in group["params"]]
     expected = [
         p for n, p in model.named_parameters() if p.dim() == 2 and not n.endswith("emb.weight")
     ]
     assert {id(p) for p in found} == {id(p) for p in expected} and len(found) == len(expected)
-    assert model.matrices().keys() == rows
-    assert all(sum(r) == len(p) for r, weights in model.matrices().items() for p in weights)
+    assert {group["rows"] for group in groups} == rows and len(groups) == len(rows)
+    assert all(sum(group["rows"]) == len(p) for group in groups for p in group["params"])

@@ -36,15 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import load_checkpoint, write_whole
 from config import fail, override, pick_device
-from model import (
-    DecoderLayer,
-    EncoderLayer,
-    Mask,
-    ModelConfig,
-    ParallelEncoderDecoder,
-    mask_statistics,
-    penalty_growth,
-)
+from mfu import estimate_mfu
+from model import Layer, Mask, ModelConfig, ParallelEncoderDecoder, mask_statistics
 from muon import Muon, configure_optimizers, is_sharded, share_of
 from prepare_shakespeare import SHAKESPEARE, load_data, prepare
 
@@ -269,7 +262,7 @@ try:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         mesh = init_device_mesh(device_type, (world_size,))
         for module in list(raw_model.modules()):
-            if isinstance(module, (EncoderLayer, DecoderLayer)):
+            if isinstance(module, Layer):
                 fully_shard(module, mesh=mesh)
         if raw_model.config.arch == "parallel":  # encoder_loss uses a norm of this layer after it
             raw_model.decoder[-1].set_reshard_after_forward(False)
@@ -516,7 +509,7 @@ for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what a cluster sen
 
 iter_num, bad_steps = start_iter, 0  # steps skipped in a row
 saved_iter = start_iter if init_from == "resume" else -1
-raw_model.estimate_mfu(1, 1)  # measures the machine's peak, before the clock starts
+estimate_mfu(raw_model, 1, 1)  # measures the machine's peak, before the clock starts
 start = last = time.perf_counter()
 last_iter = iter_num
 while True:
@@ -578,7 +571,7 @@ while True:
         for group in opt.param_groups:
             group["lr"] = largest * lr / learning_rate
     if has_experts:
-        growth = penalty_growth(penalty_schedule, schedule_iter, penalty_iters)
+        growth = raw_model.config.penalty_growth(schedule_iter)
         raw_model.penalty_weights.copy_(full_penalty_weights).mul_(growth)
     logged = torch.zeros(2, device=device)  # the loss, and the share of experts on
     for micro_step in range(micro_steps):
@@ -623,7 +616,7 @@ while True:
         print(
             f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, "
             f"{tokens_per_second:,.0f} tok/s, "
-            f"mfu {raw_model.estimate_mfu(batch_size * micro_steps, dt):.0%}, "
+            f"mfu {estimate_mfu(raw_model, batch_size * micro_steps, dt):.0%}, "
             f"{left // 60}:{left % 60:02} left"
             + (f", experts on {experts_on:.1%}" if has_experts else ""),
             flush=True,

@@ -47,9 +47,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from measuring import memory, num_params  # noqa: E402
 
 import inference  # noqa: E402
-import model as model_file  # noqa: E402
 from inference import Inference  # noqa: E402
-from model import FeedForward, ModelConfig, ParallelEncoderDecoder, gemm_peak  # noqa: E402
+from mfu import gemm_peak  # noqa: E402
+from model import Cache, FeedForward, ModelConfig, ParallelEncoderDecoder  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 THREADS, ROUNDS = 2, 6  # the first round is not counted
@@ -277,28 +277,25 @@ def measure_experts(name: str, bandwidth: float) -> list[dict]:
     blocks = [m for m in ours.modules() if isinstance(m, FeedForward)]
     in_experts = sum(m.w1.weight.numel() + m.w2.weight.numel() for m in blocks)
     generator = torch.Generator().manual_seed(0)
-    round_mask, sparse_pays, rows = model_file.round_mask, FeedForward.sparse_pays, []
-    experts_off = inference.experts_off
+    experts_off, sparse_pays, rows = inference.experts_off, inference.sparse_pays, []
     half = size.block_size // 2
 
     def run(on: int, sparse: bool | None, batch: int, prefill: bool, decoded: int) -> float:
-        def draw_mask(m: Tensor) -> Tensor:
-            return torch.rand(m.shape, generator=generator).argsort(dim=-1) < on
+        def draw_off(A: Tensor) -> Tensor:
+            return torch.rand(A.shape, generator=generator).argsort(dim=-1) >= on
 
-        model_file.round_mask = lambda m, *_: draw_mask(m).to(m.dtype)
-        inference.experts_off = lambda A: ~draw_mask(A)
-        FeedForward.sparse_pays = sparse_pays if sparse is None else lambda *_: sparse
+        inference.experts_off = draw_off
+        inference.sparse_pays = sparse_pays if sparse is None else lambda *_: sparse
         try:
             idx = torch.zeros(batch, half, dtype=torch.long)
             if not prefill:
                 return decode_seconds(fast, idx, decoded, True)
             with torch.inference_mode():
                 start = time.perf_counter()
-                ours(idx)
+                fast(idx, Cache(batch, half))
                 return time.perf_counter() - start
         finally:
-            model_file.round_mask, FeedForward.sparse_pays = round_mask, sparse_pays
-            inference.experts_off = experts_off
+            inference.experts_off, inference.sparse_pays = experts_off, sparse_pays
 
     for batch, prefill in ((1, False), (10, False), (1, True)):
         decoded = min(64, half - 1) if batch == 1 else size.tokens

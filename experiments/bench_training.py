@@ -39,7 +39,8 @@ from x_transformers import Decoder, TransformerWrapper
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measuring import memory, num_params  # noqa: E402
 
-from model import ModelConfig, ParallelEncoderDecoder, gemm_peak  # noqa: E402
+from mfu import gemm_peak  # noqa: E402
+from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
 from muon import configure_optimizers  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -126,7 +127,7 @@ def stepper(name: str, size: Size) -> tuple[nn.Module, Callable[[], None]]:
 
 
 def step_flops(model: nn.Module, size: Size) -> int:
-    """Of one step, counted as ParallelEncoderDecoder.estimate_mfu does."""
+    """Of one step, counted as estimate_mfu does."""
     attentions = sum(type(m).__name__.endswith("Attention") for m in model.modules())
     per_token = 6 * num_params(model) + 12 * attentions * size.C * size.T
     return per_token * size.B * size.T

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as model_file
 from model import (
     Cache,
-    EncoderLayer,
     FeedForward,
+    Layer,
     Mask,
     ModelConfig,
     ModelOutput,
@@ -39,12 +39,12 @@ def serial() -> None:
         emb = self.dropout(self.tok_emb(idx) + self.pos_emb.weight[past : past + idx.size(1)])
         e, d = emb, self.w_in(emb)
         for layer in self.encoder:
-            e, _ = layer(e, None, cache)
+            e, _ = layer(e, None, cache=cache)
         for layer in self.decoder:
-            d, _ = layer(d, e, None, cache)
+            d, _ = layer(d, e, cache=cache)
         if cache is not None:
             cache.length = past + idx.size(1)
-        return emb, e, d, []
+        return emb, e, d, None
 
     ParallelEncoderDecoder.stacks = stacks
 
@@ -54,13 +54,14 @@ def attention_encoder() -> None:
         def forward(self, x: Tensor, m: Tensor | None = None, cache: Cache | None = None) -> tuple:
             return torch.zeros_like(x), None
 
-    init = EncoderLayer.__init__
+    init = Layer.__init__
 
-    def without(self: EncoderLayer, config: ModelConfig) -> None:
-        init(self, config)
-        self.ff = Nothing()
+    def without(self: Layer, config: ModelConfig, cross: bool = False) -> None:
+        init(self, config, cross)
+        if not cross:
+            self.ff = Nothing()
 
-    EncoderLayer.__init__ = without
+    Layer.__init__ = without
 
 
 def top_k(k: int) -> None:
@@ -99,7 +100,6 @@ def top_k(k: int) -> None:
         return ModelOutput(logits, loss, metrics)
 
     FeedForward.__init__ = with_gate
-    FeedForward.sparse_pays = lambda *_: False
     model_file.round_mask = lambda m, *_: m
     # On is what is not 0, whatever its weight.
     model_file.mask_statistics = lambda mask, norm: statistics(

@@ -1,0 +1,19 @@
+"""Tests of mfu.py: python -m pytest test_mfu.py"""
+
+import pytest
+import torch
+
+from mfu import estimate_mfu
+from model import Attention
+from test_model import build
+
+
+def test_mfu_by_hand():
+    model = build()
+    assert sum(isinstance(m, Attention) for m in model.modules()) == 6
+    per_token = 6 * model.num_params() + 6 * 12 * 24 * 16
+    mfu = estimate_mfu(model, fwdbwd_per_iter=5, dt=0.5, peak_flops=1e9)
+    assert mfu == pytest.approx(per_token * 16 * 5 / 0.5 / 1e9)
+    state = torch.random.get_rng_state()
+    assert 0 < estimate_mfu(model, fwdbwd_per_iter=5, dt=0.5) < 1
+    assert torch.equal(state, torch.random.get_rng_state())
