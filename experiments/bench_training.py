@@ -13,9 +13,10 @@ The share of the GEMM peak is of the peak measured right before each turn, since
 machine changes from minute to minute.
 
 The peers run in their fastest fair setting: fused attention, no dropout; x-transformers without
-biases and with a tied output, as ours. GPT-2 comes with its own GELU, eight operations, and, faster,
-with the exact one in one call. It always has biases, and shifts its labels itself: it computes all T positions, T - 1 of them count in its loss. Memory is
-what three steps add, at their peak, to a process that has loaded all code, in MiB (Linux only).
+biases and with a tied output, as ours. GPT-2 comes with its own GELU, eight operations, and,
+faster, with the exact one in one call. It always has biases, and shifts its labels itself: it
+computes all T positions, T - 1 of them count in its loss. Memory is what three steps add, at their
+peak, to a process that has loaded all code, in MiB (Linux only).
 """
 
 import ctypes
