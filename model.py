@@ -7,9 +7,6 @@ and read the same tokens; layer l of the decoder attends to layer l of the encod
                       e = e + feed-forward(e)  ---->  d = d + cross-attention(d, e)
                                                       d = d + feed-forward(d)
 
-    model = ParallelEncoderDecoder(ModelConfig(block_size=64, vocab_size=65))
-    logits, loss, metrics = model(idx, targets)
-
 In shapes B is the batch, T the time, C `n_embd`, V `vocab_size`, L `n_layer`, G `n_expert`. This
 file needs torch and the standard library only.
 """
@@ -41,9 +38,9 @@ class ModelConfig:
     lateral: bool = False  # beside cross-attention, d = d + W_lat LN(e): this very token
     decoder_self_attention: bool = True  # False: the decoder reads the past only through e
     n_cross_head: int = 0  # heads of the cross-attention; 0: n_head
-    encoder_loss: Literal["none", "mse", "cosine", "log_cosine"] = "none"  # e_L to what was read
+    encoder_loss: Literal["none", "mse", "cosine", "log_cosine"] = "none"  # LN(e_L) to what is read
     encoder_loss_weight: float = 1.0
-    next_position: Literal["none", "add", "subtract"] = "none"  # pos_emb[t + 1]: to d_0, from d_L
+    next_position: Literal["none", "add", "subtract"] = "none"  # pos_emb[t + 1] to d_0, from output
 
     n_expert: int = 0  # G, experts in each feed-forward block; 0: no learned dropout
     expert_site: Literal["hidden", "output"] = "hidden"  # the mask is on 4 C hidden units, or on C
@@ -79,9 +76,9 @@ class ModelConfig:
         self._require("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)")
         self._require("shift_init", 0.0 <= self.shift_init <= math.pi, "in [0, pi]")
         self._require("n_head", C % self.n_head == 0, f"a divisor of n_embd={C}")
-        ok = cross == 0 or cross > 0 and C % cross == 0
+        ok = cross == 0 or (cross > 0 and C % cross == 0)
         self._require("n_cross_head", ok, f"0 (as n_head), or a divisor of n_embd={C}")
-        ok = G == 0 or G > 0 and units % G == 0
+        ok = G == 0 or (G > 0 and units % G == 0)
         self._require("n_expert", ok, f"0, or a divisor of the {units} {site} units")
         self._require("router_n_head", G % self.router_n_head == 0, f"a divisor of n_expert={G}")
 
@@ -193,8 +190,8 @@ class Router(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W2 (GELU(W1 x) * r), (B, T, C) to (B, T, C) and, with experts, the Mask: the 4 C hidden units
-    are G groups, the experts. Where the router reads E, its m (B, T, G) is given."""
+    """W2 (GELU(W1 x) * r), or for the site `output` W2 GELU(W1 x) * r, (B, T, C) to (B, T, C), and
+    the Mask, None without experts. Where one router reads E for all blocks, it gives m."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -254,8 +251,8 @@ def mask_statistics(mask: Mask, l1_norm: str) -> dict[str, Tensor]:
 
 
 class Layer(nn.Module):
-    """A layer of the encoder, or of a GPT: self-attention, feed-forward. With `cross`, of the
-    decoder: between the two, cross-attention to the encoder's stream at the same layer."""
+    """A layer of the encoder or, with e None, of a GPT: self-attention, feed-forward. With `cross`,
+    of the decoder: also cross-attention to e, the encoder's stream at the same layer."""
 
     def __init__(self, config: ModelConfig, cross: bool = False):
         super().__init__()
@@ -294,7 +291,6 @@ class ParallelEncoderDecoder(nn.Module):
         self.config, self.router = config, None
         C, layers, parallel = config.n_embd, range(config.n_layer), config.arch == "parallel"
         self.tok_emb = nn.Embedding(config.vocab_size, C)
-        # The last token's next position lies one beyond the block.
         self.pos_emb = nn.Embedding(config.block_size + (config.next_position != "none"), C)
         self.dropout = nn.Dropout(config.dropout)
         if parallel:
@@ -305,27 +301,27 @@ class ParallelEncoderDecoder(nn.Module):
         if config.n_expert > 0:
             if config.router_input == "embedding":
                 self.router = Router(config, config.n_layer * (2 if parallel else 1))
-            weights = torch.tensor([config.entropy_weight, config.l1_weight])
+            weights = torch.tensor([config.entropy_weight, config.l1_weight])  # schedules set them
             self.register_buffer("penalty_weights", weights, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialises embeddings, matrices and biases, and what makes the first loss ln V."""
+        """Initialises all but LayerNorms, which start at 1, and a Router's shift, which is set."""
         parallel = self.config.arch == "parallel"
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.3)  # learns faster than 0.02 and 0.1, measured
             elif isinstance(module, nn.Linear):
-                n = 1  # N(0, 0.02) as GPT-2, over sqrt(n) where n outputs sum up in a stream
+                n = 1  # N(0, 0.02) as GPT-2, over sqrt(n) where n outputs or fewer add up
                 if name.endswith(("proj", "w2", "lateral")):
                     n = self.config.n_layer * (4 if parallel and name.startswith("decoder") else 2)
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(n))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if self.config.next_position == "subtract":
-            nn.init.normal_(self.pos_emb.weight, std=0.03)
-        nn.init.constant_(self.ln_out.weight, 0.03)  # the tied output starts close to uniform
+            nn.init.normal_(self.pos_emb.weight, std=0.03)  # the loss starts at ln V: here, and
+        nn.init.constant_(self.ln_out.weight, 0.03)  # here, as logits start near 0
         if parallel:
             nn.init.eye_(self.w_in.weight)  # both stacks start from E; learns faster, measured
 
@@ -335,6 +331,8 @@ class ParallelEncoderDecoder(nn.Module):
         """Reads idx (B, T), T ≤ block_size; targets (B, T) are token ids, -1 where not counted.
         Behind the tokens of a cache idx is (B, 1). ValueError for shapes that do not fit."""
         self._check(idx, cache)
+        if targets is not None and (targets.shape != idx.shape or cache is not None):
+            raise ValueError(f"targets has the shape {tuple(targets.shape)}: not idx's, or a cache")
         past = 0 if cache is None else cache.length
         emb, e, d, mask = self.stacks(idx, cache)
         out = self.ln_out(d)
@@ -346,10 +344,9 @@ class ParallelEncoderDecoder(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         metrics = {"cross_entropy": loss.detach()}
         if mask is not None:
-            stats = {k: v.mean() for k, v in mask_statistics(mask, self.config.l1_norm).items()}
-            penalties = torch.stack([stats["entropy"], stats["l1"]])
-            loss = loss + (self.penalty_weights * penalties).sum()
-            metrics |= {k: v.detach() for k, v in stats.items()}
+            mean = {k: v.mean() for k, v in mask_statistics(mask, self.config.l1_norm).items()}
+            loss = loss + (self.penalty_weights * torch.stack([mean["entropy"], mean["l1"]])).sum()
+            metrics |= {k: v.detach() for k, v in mean.items()}
         if e is not None and self.config.encoder_loss != "none":
             memory = self.decoder[-1].ln_memory(e)
             encoder_loss = encoder_loss_of(self.config.encoder_loss, memory, emb)
@@ -361,7 +358,7 @@ class ParallelEncoderDecoder(nn.Module):
         self, idx: Tensor, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor, Mask | None]:
         """E, e_L and d_L of idx (B, T), each (B, T, C), and the masks (L, stacks, B, T, G), the
-        encoder's first; None for what the model has not. A cache takes in what was read."""
+        encoder's first; None for what there is not, as masks with a cache, which takes in idx."""
         parallel, past = self.config.arch == "parallel", 0 if cache is None else cache.length
         end = past + idx.size(1)
         emb = self.dropout(self.tok_emb(idx) + self.pos_emb.weight[past:end])
@@ -379,10 +376,10 @@ class ParallelEncoderDecoder(nn.Module):
             masks.append(mask)
         if cache is not None:
             cache.length = end
-        if self.config.n_expert == 0:
+        if cache is not None or self.config.n_expert == 0:
             return emb, e, d, None
-        m, r = (torch.stack(each).unflatten(0, (k + 1, -1)) for each in zip(*masks, strict=True))
-        return emb, e, d, Mask(m, r)
+        stacked = map(torch.stack, zip(*masks, strict=True))
+        return emb, e, d, Mask(*(x.unflatten(0, (self.config.n_layer, -1)) for x in stacked))
 
     @torch.no_grad()
     def expert_masks(self, idx: Tensor, rounded: bool = True) -> Tensor:
@@ -392,8 +389,10 @@ class ParallelEncoderDecoder(nn.Module):
             raise ValueError("n_expert=0: this model has no experts")
         self._check(idx, None)
         training = self.training
-        mask = self.eval().stacks(idx)[-1]
-        self.train(training)
+        try:
+            mask = self.eval().stacks(idx)[-1]
+        finally:
+            self.train(training)
         return mask.r if rounded else mask.m
 
     def _check(self, idx: Tensor, cache: Cache | None) -> None:
@@ -402,7 +401,7 @@ class ParallelEncoderDecoder(nn.Module):
         if fits and cache is not None:
             B, past, size = cache.batch, cache.length, min(size, cache.block_size)
             allowed = f"({B}, {1 if past else 'T'}) behind the {past} tokens of a cache of {size}"
-            fits = idx.size(0) == B and idx.size(1) == 1 if past else idx.size(0) in (1, B)
+            fits = (idx.shape == (B, 1)) if past else (idx.size(0) in (1, B))
         if not fits or not 1 <= idx.size(1) <= size - past:
             raise ValueError(f"idx has the shape {tuple(idx.shape)}: must be {allowed}")
 
@@ -482,11 +481,12 @@ def sample_token(
         raise ValueError(f"top_k={top_k}: must be at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be in (0, 1], or None for all tokens")
-    logits = logits.float()
     highest = logits.amax(dim=-1, keepdim=True)
     if not math.isfinite(highest.sum()):  # one look at the device for all rows
         raise ValueError("the logits are not finite, hence some of the model's weights")
-    logits = (logits - highest) / max(temperature, 1e-30)
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = (logits.float() - highest) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probs = logits.softmax(dim=-1)

@@ -754,6 +754,8 @@ def test_what_does_not_fit_a_cache():
     model, cache = build(), Cache(3, 16)
     with pytest.raises(ValueError, match=r"must be \(3, T\) behind the 0 tokens of a cache of 16"):
         model(random_ids(2, 4), cache=cache)
+    with pytest.raises(ValueError, match="targets has the shape .* or a cache"):
+        model(random_ids(3, 4), random_ids(3, 4), cache=cache)
     model(random_ids(3, 15), cache=cache)
     for shape in ((3, 2), (1, 1)):
         with pytest.raises(
@@ -841,6 +843,8 @@ def test_sampling_follows_the_distribution():
     ends = torch.tensor([0.0, 1 - 2**-24])  # the least draw, the largest: never of probability 0
     none_of_it = torch.tensor([-math.inf, 0.0, 0.0, -math.inf]).expand(2, -1)
     assert sample_token(none_of_it, ends, **usual).tolist() == [[1], [2]]
+    tie = torch.tensor([1.0, 3.0, 3.0]).expand(2, -1)
+    assert sample_token(tie, ends, 0.0, None, None).tolist() == [[1], [1]]
     assert frequencies(temperature=1e-46).tolist() == close_to(1, 0, 0, 0)
     for temperature in (0.0, 1.0):
         for bad in (math.nan, math.inf):
@@ -898,7 +902,8 @@ def test_a_bad_field_is_named(fields, said):
         (lambda m: m(random_ids(1, 17)), r"shape \(1, 17\): must be .* block_size=16"),
         (lambda m: m(random_ids(1, 0)), r"shape \(1, 0\)"),
         (lambda m: m(random_ids(5)), r"shape \(5,\)"),
-        (lambda m: m(random_ids(1, 4), random_ids(1, 3)), "batch_size"),
+        (lambda m: m(random_ids(1, 4), random_ids(1, 3)), r"targets has the shape \(1, 3\)"),
+        (lambda m: m(random_ids(2, 3), random_ids(3, 2)), r"targets has the shape \(3, 2\)"),
         (lambda m: m.generate(random_ids(1, 4), 1, temperature=-1), "temperature=-1: must be"),
         (lambda m: m.generate(random_ids(1, 4), 1, top_k=0), "top_k=0: must be at least 1"),
         (lambda m: m.generate(random_ids(1, 4), 1, top_p=0), r"top_p=0: must be in \(0, 1\]"),

@@ -12,11 +12,11 @@ decoder-only ones (250 C² and 252 C²), and in the other tables its speed x par
 The share of the GEMM peak is of the peak measured right before each turn, since that of a shared
 machine changes from minute to minute.
 
-The peers run in their fastest fair setting: fused attention, no dropout; x-transformers without
-biases and with a tied output, as ours. GPT-2 comes with its own GELU, eight operations, and,
-faster, with the exact one in one call. It always has biases, and shifts its labels itself: it
-computes all T positions, T - 1 of them count in its loss. Memory is what three steps add, at their
-peak, to a process that has loaded all code, in MiB (Linux only).
+The peers run with fused attention and without dropout; x-transformers without biases and with a
+tied output, as ours. GPT-2 is there as it comes, with its own GELU of eight operations, and in its
+fastest setting, with the exact GELU in one call. It always has biases, and shifts its labels
+itself: it computes all T positions, T - 1 of them count in its loss. Memory is what three steps
+add, at their peak, to a process that has loaded all code, in MiB (Linux only).
 """
 
 import ctypes
@@ -91,9 +91,9 @@ def build(name: str, size: Size) -> tuple[nn.Module, Callable[[Tensor, Tensor], 
     if name in GPT2:
         sizes = dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=depth, n_head=heads)
         no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        faster = dict(attn_implementation="sdpa", use_cache=False, activation_function=GPT2[name])
+        how = dict(attn_implementation="sdpa", use_cache=False, activation_function=GPT2[name])
         ids = dict(bos_token_id=0, eos_token_id=0)  # its own are beyond V
-        gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **faster, **ids))
+        gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **how, **ids))
         gpt2.loss_type = "ForCausalLM"  # its default, of which it warns where it is not set
         return gpt2, lambda x, y: gpt2(x, labels=x).loss
     if name == X:

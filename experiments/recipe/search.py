@@ -80,11 +80,19 @@ def normuon():
         return Y * (O.norm(dim=(-2, -1), keepdim=True) / Y.norm(dim=(-2, -1), keepdim=True))
     muon.orthogonalize = patched
 def router_by_adamw():
-    matrices = model.ParallelEncoderDecoder.matrices
-    def patched(self):
-        C = self.config.n_embd
-        return {rows: p for rows, p in matrices(self).items() if set(rows) <= {C, 4 * C}}
-    model.ParallelEncoderDecoder.matrices = patched
+    class Weight(torch.nn.Module):  # no nn.Linear, hence not for Muon
+        def __init__(self, linear):
+            super().__init__()
+            self.weight = linear.weight
+    configure = muon.configure_optimizers
+    def patched(given, adamw, of_muon):
+        routers = {r.query_key_value for r in given.modules() if isinstance(r, model.Router)}
+        modules = [Weight(m) if m in routers else m for m in given.modules()]
+        given.modules = lambda: iter(modules)
+        optimizers = configure(given, adamw, of_muon)
+        del given.modules
+        return optimizers
+    muon.configure_optimizers = patched
 """
 lock = threading.Lock()
 
