@@ -80,18 +80,14 @@ def normuon():
         return Y * (O.norm(dim=(-2, -1), keepdim=True) / Y.norm(dim=(-2, -1), keepdim=True))
     muon.orthogonalize = patched
 def router_by_adamw():
-    class Weight(torch.nn.Module):  # no nn.Linear, hence not for Muon
-        def __init__(self, linear):
-            super().__init__()
-            self.weight = linear.weight
     configure = muon.configure_optimizers
     def patched(given, adamw, of_muon):
-        routers = {r.query_key_value for r in given.modules() if isinstance(r, model.Router)}
-        modules = [Weight(m) if m in routers else m for m in given.modules()]
-        given.modules = lambda: iter(modules)
-        optimizers = configure(given, adamw, of_muon)
-        del given.modules
-        return optimizers
+        by_adamw, by_muon = configure(given, adamw, of_muon)
+        C, groups = given.config.n_embd, by_muon.param_groups
+        by_muon.param_groups = [g for g in groups if set(g["rows"]) <= {C, 4 * C}]
+        routers = [p for g in groups if not set(g["rows"]) <= {C, 4 * C} for p in g["params"]]
+        by_adamw.param_groups[0]["params"] += routers
+        return [by_adamw, by_muon]
     muon.configure_optimizers = patched
 """
 lock = threading.Lock()
