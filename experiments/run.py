@@ -98,8 +98,7 @@ def sizes() -> Iterator[dict]:
         canonical, simple, gpt = (f"{steps} --n_embd={width}" for width in widths)
         yield run(f"parallel, {size}", f"config/canonical.py {canonical}", seeds)
         yield run(f"lateral, {size}", f"config/canonical.py {simple} {LATERAL}", seeds)
-        if size != "3 M":  # for the time
-            yield run(f"serial, {size}", f"config/canonical.py {canonical}", seeds, peer="serial()")
+        yield run(f"serial, {size}", f"config/canonical.py {canonical}", seeds, peer="serial()")
         yield run(f"decoder-only, {size}", f"config/decoder_only.py {gpt}", seeds)
 
 
