@@ -4,18 +4,31 @@
     model, saved = load_checkpoint("out/ckpt.pt")
 
 A checkpoint is a file of torch.save: a zip archive, which holds a checksum of each of its parts.
+What is in it is checked too: another program, or somebody, may have written it.
 """
 
 import os
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from model import ModelConfig, ParallelEncoderDecoder
+
+# What train.py saves beside the model, all of which but the tokenizer it needs to go on.
+ENTRIES = {
+    "optimizers": list,
+    "iter_num": int,
+    "seconds": float,
+    "best_val_loss": float,
+    "is_best": bool,
+    "tokenizer": dict,
+    "config": dict,
+}
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -65,9 +78,22 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
     try:
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
-        model = ParallelEncoderDecoder(ModelConfig(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint.pop("model"))
+        for name, kind in ENTRIES.items():
+            value = checkpoint.get(name, kind())
+            if type(value) is not kind or (kind in (int, float) and not value >= 0):
+                raise ValueError(f"its {name} is {value!r:.100}")
+        args, weights = checkpoint["model_args"], checkpoint.pop("model")
+        for name in sorted({field.name for field in fields(ModelConfig)} ^ args.keys()):
+            raise ValueError(f"model_args {'has an unknown' if name in args else 'lacks'} {name!r}")
+        config = ModelConfig(**args)
+        if config.n_layer > len(weights):
+            raise ValueError(f"n_layer={config.n_layer}: it has not as many weights")
+        with torch.device("meta"):  # so that wrong sizes are told before they take any memory
+            ParallelEncoderDecoder(config).load_state_dict(weights, assign=True)
+        model = ParallelEncoderDecoder(config)
+        model.load_state_dict(weights)
     except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition(":\n\t")[2] or str(error)  # of a state_dict: the first of all
+        reason = reason.partition("\n")[0]
         raise ValueError(f"{path}: not a checkpoint of this model: {reason}") from None
     return model.to(device), checkpoint

@@ -62,6 +62,7 @@ class Tokenizer:
             raise ValueError(f"tokenizer={self.kind!r}: must be char or gpt2")
         if (self.kind == "char") != bool(self.chars) or len(set(self.chars)) != len(self.chars):
             raise ValueError("a char tokenizer needs its characters, each once; gpt2 has none")
+        self.chars.encode()  # ValueError for half a surrogate pair, which could not be written
 
     @cached_property
     def _bpe(self):
@@ -146,7 +147,7 @@ def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
         "characters": len(text),
         "tokens": {part: len(ids) for part, ids in parts.items()},
     }
-    contents = {folder / f"{part}.bin": ids.tobytes() for part, ids in parts.items()}
+    contents = {folder / f"{part}.bin": ids.data for part, ids in parts.items()}
     contents[folder / "meta.json"] = json.dumps(meta, indent=1).encode()
     write_atomically(contents)
     print(
@@ -179,7 +180,7 @@ def load_data(folder: Path) -> tuple[Tokenizer, dict[str, np.memmap]]:
     return tokenizer, data
 
 
-def write_atomically(contents: dict[Path, bytes]) -> None:
+def write_atomically(contents: dict[Path, bytes | memoryview]) -> None:
     """Writes the files, all or none of them: a set is there only if its last file is."""
     aside = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in contents}
     *_, last = contents

@@ -135,12 +135,15 @@ try:
         write_html(html, seen)
         print(f"{html}: written; open it in a browser", file=sys.stderr)
     sys.exit(130 if interrupted else 0)
-except (ValueError, OSError, torch.OutOfMemoryError) as error:
+except (ValueError, OSError) as error:
     fail(str(error).partition("\n")[0])
-except RuntimeError as error:
-    if not (compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+except (RuntimeError, MemoryError) as error:
+    said = str(error).strip().partition("\n")[0]
+    if compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        fail(f"compile=True: {said}; leave --compile out")
+    if not isinstance(error, MemoryError) and "memory" not in said:
         raise
-    fail(f"compile=True: {str(error).strip().partition(chr(10))[0]}; leave --compile out")
+    fail(f"not enough memory; lower --num_samples or --max_new_tokens ({said})")
 except KeyboardInterrupt:
     print()
     sys.exit(130)

@@ -5,6 +5,8 @@ python -m pytest -m network test_scripts.py      with the package registry alone
 """
 
 import contextlib
+import copy
+import ctypes
 import hashlib
 import io
 import json
@@ -74,7 +76,11 @@ def become(folder, argv, env, output):
     sys.argv, sys.path[0] = argv, str(HERE)
     sys.path[1:1] = env.get("PYTHONPATH", "").split(os.pathsep)
     torch.set_num_threads(1)
-    runpy.run_path(argv[0], run_name="__main__")
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def run(folder, script, *args, env=OFFLINE, timeout=120, **how):
@@ -402,11 +408,13 @@ def test_own_text_under_its_own_name(tmp_path):
     assert tokenizer.decode(tokenizer.encode("狐Æ")) == "狐Æ"
 
 
-def test_one_distinct_character_trains(tmp_path):
-    (tmp_path / "input.txt").write_text("a" * 1000)
+@pytest.mark.parametrize("char, shown", [("a", "a"), ("\x1b", "\\x1b")])  # steers no terminal
+def test_one_distinct_character_trains(char, shown, tmp_path):
+    (tmp_path / "input.txt").write_text(char * 1000)
     succeed(tmp_path, "prepare_shakespeare.py", "--input_file=input.txt")
     printed = succeed(tmp_path, "train.py", *TINY, "--max_iters=1", "--decay_lr=False")
-    assert "whole validation split: loss 0.0000" in printed and "\naaaaa" in printed
+    assert "whole validation split: loss 0.0000" in printed and f"\n{shown * 5}" in printed
+    assert "\x1b" not in printed
     assert [row["lr"] for row in evaluations(tmp_path / "out")[:2]] == [0.03, 0.03]
 
 
@@ -459,6 +467,7 @@ def test_a_text_that_cannot_be_used_gets_one_line(content, args, said, tmp_path)
         ({"tokenizer": {"kind": "bytes"}}, "tokenizer='bytes': must be char or gpt2"),
         ({"tokenizer": {"kind": "char", "chars": "aa"}}, "its characters, each once"),
         ({"tokenizer": {"kind": "gpt2", "chars": "a"}}, "gpt2 has none"),
+        ({"tokenizer": {"kind": "char", "chars": "\ud800"}}, "surrogates not allowed"),
         ({"vocab_size": 3}, "vocab_size 3 is not that of the tokenizer"),
         ({"tokens": {"train": 1, "val": 1}}, "train.bin has not as many tokens"),
         ({"tokens": None}, "prepare the data again"),
@@ -784,11 +793,18 @@ def test_kill_9_loses_nothing_that_was_saved(workplace):
     assert same_run(workplace / "killed", workplace / "undisturbed")
 
 
-def test_a_second_ctrl_c_ends_at_once(workplace):
-    """Where the first one waits for an iteration that takes very long."""
-    args = ("--gradient_accumulation_steps=1000000", "--out_dir=out-c")
-    printed, status = start_and_signal(workplace, signal.SIGINT, *args, after="step 0:", times=2)
+def test_a_second_ctrl_c_ends_at_once(trained, workplace):
+    """Where the first one waits for an iteration that takes long."""
+    shutil.copytree(trained[0] / "whole", workplace / "out-c")
+    before = (workplace / "out-c/ckpt.pt").read_bytes()
+    args = ("--gradient_accumulation_steps=1500", "--out_dir=out-c", "--max_iters=30")
+    printed, status = start_and_signal(
+        workplace, signal.SIGINT, *args, "--init_from=resume", after="iter 20:", times=2
+    )
     assert status == -signal.SIGINT and "stopped after" not in printed
+    assert (workplace / "out-c/ckpt.pt").read_bytes() == before
+    args = (*TINY, "--out_dir=out-c", "--max_iters=30", "--init_from=resume")
+    assert "step 30: " in succeed(workplace, "train.py", *args)
 
 
 def limit_files(size):
@@ -825,6 +841,76 @@ def test_a_full_disk_leaves_no_half_data_set(workplace):
     fails_with("File too large", workplace, "prepare_shakespeare.py", *args,
                preexec_fn=limit_files(100))  # fmt: skip
     assert not list((workplace / "data/b").iterdir())
+
+
+def bound_by_permissions():
+    """In a child process: root gives up the right to write where it may not (Linux)."""
+    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no capabilities to give up")
+def test_a_read_only_folder_leaves_what_was_there(trained, text, tmp_path):
+    shutil.copytree(trained[0] / "whole", tmp_path / "out")
+    shutil.copytree(trained[0] / "data/shakespeare_char", tmp_path / "data/shakespeare_char")
+    (tmp_path / "input.txt").write_text(text[::-1])
+    folders = (tmp_path / "out", tmp_path / "data/shakespeare_char")
+    before = {path: path.read_bytes() for f in folders for path in f.iterdir()}
+    for folder in folders:
+        folder.chmod(0o555)
+    touch = subprocess.run(["touch", folders[0] / "new"], preexec_fn=bound_by_permissions)
+    if touch.returncode == 0:
+        pytest.skip("permissions do not bind this user")
+    for said, script, *args in (
+        ("out/ckpt.pt: cannot be written: Permission denied", "train.py", *TINY,
+         "--init_from=resume", "--max_iters=30"),
+        ("out_dir='out': cannot be used: Permission denied", "train.py", *TINY),
+        ("Permission denied", "prepare_shakespeare.py", "--input_file=input.txt"),
+    ):  # fmt: skip
+        fails_with(said, tmp_path, script, *args, preexec_fn=bound_by_permissions)
+        after = {path: path.read_bytes() for f in folders for path in f.iterdir()}
+        log = tmp_path / "out/log.jsonl"
+        assert after.pop(log).startswith(before.get(log)) and after == before | {log: before[log]}
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line(trained):
+    before = (trained[0] / "whole/ckpt.pt").read_bytes()
+    command = [sys.executable, str(HERE / "train.py"), *TINY, "--out_dir=whole", "--eval_only"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "--init_from=resume"], cwd=trained[0], env=OFFLINE, stdout=full,
+            stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    said = "its output cannot be written; --init_from=resume goes on from whole/ckpt.pt"
+    assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1
+    assert (trained[0] / "whole/ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("dies_at", range(4))
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(dies_at, tmp_path):
+    """The process ends at its n-th call: fsync of the file, replace, fsync of the folder."""
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(b"old")
+    code = f"""
+import os, pathlib, sys
+sys.path.insert(0, {str(HERE)!r})
+from checkpoint import write_whole
+calls = 0
+def dying(call):
+    def wrapped(*args):
+        global calls
+        if calls == {dies_at}: os._exit(9)
+        calls += 1
+        return call(*args)
+    return wrapped
+os.fsync, os.replace = dying(os.fsync), dying(os.replace)
+write_whole(pathlib.Path({str(path)!r}), lambda file: file.write(b"new"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == (9 if dies_at < 3 else 0), done.stderr
+    assert path.read_bytes() == (b"old" if dies_at < 2 else b"new")
 
 
 def test_a_folder_that_cannot_be_written_gets_one_line(workplace):
@@ -906,14 +992,14 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(steps, what, at, work
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def run_two(folder, *args):
+def run_two(folder, *args, script="train.py"):
     """Runs train.py as two processes, as torchrun does; what the first one printed."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with ThreadPoolExecutor(2) as pool:
         ranks = [{**OFFLINE, **world, "RANK": k, "LOCAL_RANK": k} for k in "01"]
-        one, two = pool.map(lambda env: run(folder, "train.py", *args, env=env), ranks)
+        one, two = pool.map(lambda env: run(folder, script, *args, env=env), ranks)
     assert one.returncode == two.returncode == 0, one.stdout + one.stderr + two.stderr
     return one
 
@@ -939,27 +1025,63 @@ def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated)
         "--n_layer=2 --arch=decoder_only --optimizer=adamw --bias=True",
     ],
 )
-def test_shards_repeat_one_process_and_their_checkpoints_are_the_same(fields, workplace):
-    """fsdp: the first half in shares, the second in one process; then the other way round."""
+def test_shards_repeat_ddp_and_their_checkpoints_are_the_same(fields, workplace):
+    """fsdp: the first half in shares, the second in one process; then the other way round. Both
+    beside DDP, whose first half is that of one process."""
     args = (*TINY, *fields.split(), "--gradient_accumulation_steps=4")
     half, resumed = (*args, "--max_iters=10"), (*args, "--init_from=resume")
-    succeed(workplace, "train.py", *args, "--out_dir=one")
+    succeed(workplace, "train.py", *half, "--out_dir=shards_last")
+    shutil.copytree(workplace / "shards_last", workplace / "ddp")
+    run_two(workplace, *resumed, "--out_dir=ddp")
     printed = run_two(workplace, *half, "--fsdp", "--out_dir=shards_first")
     assert not printed.stderr
     succeed(workplace, "train.py", *resumed, "--out_dir=shards_first")
-    succeed(workplace, "train.py", *half, "--out_dir=shards_last")
     run_two(workplace, *resumed, "--fsdp", "--out_dir=shards_last")
     for name in ("shards_first", "shards_last"):
-        found, expected = evaluations(workplace / name), evaluations(workplace / "one")
-        del found[2]  # of the whole split, where the first half ended
-        for mine, theirs in zip(found, expected, strict=True):
+        for mine, theirs in zip(
+            evaluations(workplace / name), evaluations(workplace / "ddp"), strict=True
+        ):
             for loss in ("train_loss", "val_loss", "whole_val_loss"):
                 assert mine.get(loss) == pytest.approx(theirs.get(loss), abs=1e-5)
     assert all(type(w) is torch.Tensor for w in weights(workplace / "shards_last").values())
-    last = losses(workplace / "one")[-1][-1]
+    last = losses(workplace / "ddp")[-1][-1]
     again = run_two(workplace, *resumed, "--fsdp", "--out_dir=shards_last", "--eval_only")
     shown = re.search(r"^whole validation split: loss (\S+),", again.stdout, re.M)[1]
     assert float(shown) == pytest.approx(last, abs=1e-4)
+
+
+SHARES = """
+import runpy, sys, torch
+step, steps = torch.optim.AdamW.step, 0
+def counted(self):
+    global steps
+    step(self)
+    steps += 1
+    if steps < 2:  # Muon's turn comes after this
+        return
+    train = sys._getframe(2).f_globals
+    params = list(train["raw_model"].parameters())
+    held = {"parameters": params, "gradients": [p.grad for p in params if p.grad is not None]}
+    held["optimizers"] = [v for opt in train["optimizers"] for of_p in opt.state.values()
+                          for v in of_p.values() if v.dim()]
+    for name, values in held.items():
+        here = sum((v.to_local() if hasattr(v, "to_local") else v).numel() for v in values)
+        print(name, here, "of", sum(v.numel() for v in values), file=sys.stderr)
+torch.optim.AdamW.step = counted
+"""
+
+
+@pytest.mark.parametrize("args", [("--fsdp",), ()])
+def test_each_process_holds_a_share_with_fsdp_and_all_without(args, workplace):
+    run_it = f"runpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__')\n"
+    (workplace / "shares.py").write_text(SHARES + run_it)
+    args = (*TINY, "--max_iters=2", "--n_embd=64", "--gradient_accumulation_steps=2", *args)
+    done = run_two(workplace, *args, script=workplace / "shares.py")
+    shares = re.findall(r"^(parameters|gradients|optimizers) (\d+) of (\d+)$", done.stderr, re.M)
+    assert len(shares) == 3
+    for _, here, whole in shares:
+        expected = pytest.approx(0.5, abs=0.02) if "--fsdp" in args else 1
+        assert int(here) / int(whole) == expected
 
 
 @contextlib.contextmanager
@@ -968,6 +1090,7 @@ def two_that_train(folder, *args):
     torchrun = subprocess.Popen(
         [*TORCHRUN, str(HERE / "train.py"), *TINY, *LONG, "--gradient_accumulation_steps=2", *args],
         cwd=folder, env=OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
     )  # fmt: skip
     watchdog = threading.Timer(100, torchrun.terminate)  # which it passes on to the two
     watchdog.start()
@@ -1010,16 +1133,26 @@ def test_a_killed_worker_ends_the_others_and_the_run_resumes(victim, workplace):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("number, args", [
-    (signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, ("--fsdp",)),
-])  # fmt: skip
-def test_a_signal_to_torchrun_saves_too(number, args, workplace):
+@pytest.mark.parametrize(
+    "number, to, args",
+    [
+        (signal.SIGINT, "all", ()),
+        (signal.SIGTERM, "torchrun", ()),
+        (signal.SIGINT, "all", ("--fsdp",)),
+    ],
+)
+def test_a_signal_to_torchrun_saves_too(number, to, args, workplace):
+    """Ctrl-C in a terminal reaches all processes at once; a cluster's signal the first one."""
     with two_that_train(workplace, *args) as (torchrun, _):
-        torchrun.send_signal(number)
+        (os.killpg if to == "all" else os.kill)(torchrun.pid, number)
         printed = torchrun.stdout.read()
+        assert torchrun.wait(60) != 0
     stopped = int(re.search(r"stopped after (\d+) iterations; saved out/ckpt.pt", printed)[1])
     assert torch.load(workplace / "out/ckpt.pt", weights_only=True)["iter_num"] == stopped
     assert "torchrun --standalone --nproc_per_node=2" in printed and "lost" not in printed
+    args = (*LONG, "--gradient_accumulation_steps=2", *args, f"--max_iters={stopped + 2}")
+    done = run_two(workplace, *TINY, *args, "--init_from=resume")
+    assert f"saved after {stopped} iterations" in done.stdout and "More of it" in done.stdout
 
 
 def test_a_run_logs_what_its_experts_do(twice_accumulated):
@@ -1063,6 +1196,7 @@ def test_max_seconds_bounds_a_run_and_stretches_its_schedule(workplace):
 
 def test_an_earlier_run_is_kept(workplace, trained):
     shutil.copytree(trained[0] / "whole", workplace / "out")
+    (workplace / "out/ckpt_best.pt.old").write_text("of a run before it")
     printed, status = start_and_signal(workplace, signal.SIGINT, *LONG, after="iter 0:")
     assert status == 130 and "out/ckpt.pt, of an earlier run, is now ckpt.pt.old" in printed
     assert not same_run(workplace / "out", trained[0] / "whole")
@@ -1070,6 +1204,7 @@ def test_an_earlier_run_is_kept(workplace, trained):
     for name in ("ckpt.pt", "log.jsonl"):
         kept = (workplace / "out" / f"{name}.old").read_bytes()
         assert kept == (trained[0] / "whole" / name).read_bytes()
+    assert not (workplace / "out/ckpt_best.pt.old").exists()
 
 
 def test_a_resumed_run_may_have_another_batch_size(workplace):
@@ -1097,16 +1232,12 @@ def test_resume_needs_the_same_optimizer(trained):
     assert "step 20: " in succeed(trained[0], "train.py", *TINY, *args, "--eval_only=True")
 
 
-def test_resume_needs_the_same_vocabulary_and_a_whole_state(trained, tmp_path):
+def test_resume_needs_the_same_vocabulary(trained, tmp_path):
     shutil.copytree(trained[0] / "whole", tmp_path / "whole")
     (tmp_path / "input.txt").write_text("to be or not to be " * 99)
     succeed(tmp_path, "prepare_shakespeare.py", "--input_file=input.txt")
     args = (tmp_path, "train.py", *TINY, "--out_dir=whole", "--init_from=resume")
     fails_with("not the vocabulary that whole was trained with", *args)
-    saved = torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)
-    del saved["seconds"]
-    torch.save(saved, tmp_path / "whole/ckpt.pt")
-    fails_with("whole/ckpt.pt: has no entry 'seconds'; it was not written by this", *args)
 
 
 def test_resume_takes_the_model_from_the_checkpoint(trained):
@@ -1129,11 +1260,18 @@ def test_resume_takes_the_model_from_the_checkpoint(trained):
         (("--beta1=2.0",), "Invalid beta"),
         (("--weight_decay=-1",), "weight_decay=-1.0: must be at least 0"),
         (("--learning_rate=1e30", "--grad_clip=0"), "iter .*: the .* is not finite .*; lower"),
+        (
+            ("--learning_rate=1e30", "--optimizer=adamw", "--eval_interval=1"),
+            r"iter 1: the validation loss is not finite \(loss nan, gradient norm before it \d.*, "
+            r"learning rate \S+\); checkpoints are as they were; lower",
+        ),
+        (("--batch_size=10000000000000",), "not enough memory; lower --batch_size .* allocate"),
         (("--init_from=resume", "--out_dir=absent"), "absent/ckpt.pt: there is no checkpoint"),
         (("--init_from=gpt2",), "init_from='gpt2': must be one of scratch, resume"),
         (("--device=tpu",), "device='tpu': "),
         (("--optimizer=sgd",), "optimizer='sgd': must be one of muon, adamw"),
         (("--muon_momentum=1.0",), "muon_momentum=1.0: must be at least 0 and less than 1"),
+        (("--min_lr=-1.0",), "min_lr=-1.0: must be at least 0"),
         (("--min_lr=1.0",), "min_lr=1.0: must be at most learning_rate=0.03"),
         (("--fsdp",), "fsdp=True: shards a model over processes; start them with torchrun"),
         (("--max_seconds=1.0", "--max_iters=0"), "max_iters=0: must be at least 1 with"),
@@ -1158,7 +1296,8 @@ def test_a_mistake_in_training_gets_one_line(args, said, tmp_path, prepared):
         path.write_bytes(change(path.read_bytes()))
     (workplace / "wandb.py").write_text("raise ImportError")  # also where it is installed
     env = {**OFFLINE, "PYTHONPATH": str(workplace)}
-    fails_with(said, workplace, "train.py", *TINY, *args, env=env)
+    status = 1 if "memory" in said else 2
+    fails_with(said, workplace, "train.py", *TINY, *args, env=env, status=status)
 
 
 def test_sample_needs_the_checkpoint_alone(trained, tmp_path):
@@ -1219,13 +1358,14 @@ def test_a_single_sample_streams(trained):
         (("--checkpoint=absent.pt",), "whole/absent.pt: there is no checkpoint"),
         (("--top_p=2",), "top_p=2.0: must be in"),
         (("--temperature=-1",), "temperature=-1.0: must be finite and not negative"),
+        (("--max_new_tokens=100000000000000", "--start=a"), "not enough memory; lower --num_sam"),
     ],
 )
 def test_a_mistake_in_sampling_gets_one_line(args, said, trained):
     fails_with(said, trained[0], "sample.py", "--out_dir=whole", "--device=cpu", *args)
 
 
-def test_a_checkpoint_that_is_none_gets_one_line(trained, tmp_path):
+def test_a_file_that_is_no_checkpoint_gets_one_line(trained, tmp_path):
     (tmp_path / "out").mkdir()
     path, whole = tmp_path / "out/ckpt.pt", (trained[0] / "whole/ckpt.pt").read_bytes()
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
@@ -1233,16 +1373,82 @@ def test_a_checkpoint_that_is_none_gets_one_line(trained, tmp_path):
     for content in (b"", b"text", whole[: len(whole) // 2], tensor):
         path.write_bytes(content)
         fails_with("out/ckpt.pt: not a", tmp_path, "sample.py", "--device=cpu")
+
+
+CHANGES = [  # of a checkpoint: where in it, what then stands there (... for nothing), what is said
+    ("model_args.n_embd", 32, "not a checkpoint of this model: size mismatch for tok_emb.weight"),
+    ("model_args.n_head", ..., "not a checkpoint of this model: model_args lacks 'n_head'"),
+    ("model_args.new", 1, "not a checkpoint of this model: model_args has an unknown 'new'"),
+    ("model_args.n_layer", 10**9, "n_layer=1000000000: it has not as many weights"),
+    ("model_args.n_embd", 10**6, "size mismatch for tok_emb.weight"),
+    ("model_args.n_layer", "x", "not a checkpoint of this model: "),
+    ("model_args", None, "not a checkpoint of this model: "),
+    ("model", None, "not a checkpoint of this model: "),
+    ("model", ..., "not a checkpoint of this model: 'model'"),
+    ("model.tok_emb.weight", "x", "not a checkpoint of this model: .*tok_emb.weight"),
+    ("model.tok_emb.weight", ..., "Missing key.* in state_dict: .tok_emb.weight"),
+    ("tokenizer", None, "not a checkpoint of this model: its tokenizer is None"),
+]
+CHANGES_OF_A_RUN = [  # of what train.py alone looks at
+    ("tokenizer", ..., "has no entry 'tokenizer'"),
+    ("tokenizer.kind", 3, "not the vocabulary that out was trained with"),
+    ("seconds", ..., "out/ckpt.pt: has no entry 'seconds'; it was not written by this"),
+    ("seconds", math.nan, "its seconds is nan"),
+    ("iter_num", "x", "its iter_num is 'x'"),
+    ("iter_num", -5, "its iter_num is -5"),
+    ("best_val_loss", None, "its best_val_loss is None"),
+    ("config", None, "its config is None"),
+    ("config.optimizer", ..., "has no entry 'optimizer'"),
+    ("optimizers", [], "the optimizers' state does not fit: "),
+    ("optimizers.0", 5, "the optimizers' state does not fit: "),
+    ("optimizers.0.state", None, "the optimizers' state does not fit: "),
+    ("optimizers.0.state.99", {}, "the optimizers' state does not fit: "),
+    ("optimizers.0.state.0.step", ..., "that of parameter 0 has other names or shapes"),
+    ("optimizers.0.state.0.exp_avg", torch.zeros(1), "that of parameter 0 has other names"),
+    ("optimizers.1.state.0.momentum_buffer", torch.zeros(1), "that of parameter 0 has other"),
+]
+
+
+def changed(checkpoint, where, value):
+    """The checkpoint with another value, or none, at a path of keys as "optimizers.0.state"."""
+    checkpoint = copy.deepcopy(checkpoint)
+    place, key = checkpoint, where
+    while not (isinstance(place, dict) and key in place):
+        first, _, rest = key.partition(".")
+        first = int(first) if first.isdecimal() else first
+        if not rest:
+            key = first
+            break
+        place, key = place[first], rest
+    if value is ...:
+        del place[key]
+    else:
+        place[key] = value
+    return checkpoint
+
+
+@pytest.mark.parametrize("where, value, said", CHANGES + CHANGES_OF_A_RUN)
+def test_a_checkpoint_of_other_content_gets_one_line(where, value, said, trained, workplace):
+    """Where its checksums are right: another program wrote it, or somebody."""
+    (workplace / "out").mkdir()
+    path = workplace / "out/ckpt.pt"
+    whole = torch.load(trained[0] / "whole/ckpt.pt", weights_only=True)
+    torch.save(changed(whole, where, value), path)
+    before = path.read_bytes()
+    fails_with(said, workplace, "train.py", *TINY, "--max_iters=30", "--init_from=resume")
+    assert path.read_bytes() == before
+    if (where, value, said) in CHANGES:
+        fails_with(said, workplace, "sample.py", "--device=cpu")
+
+
+def test_a_checkpoint_with_another_tokenizer_gets_one_line(trained, tmp_path):
+    (tmp_path / "out").mkdir()
     checkpoint = torch.load(trained[0] / "whole/ckpt.pt", weights_only=True)
-    checkpoint["model_args"]["n_embd"] = 32
-    torch.save(checkpoint, path)
-    fails_with("not a checkpoint of this model", tmp_path, "sample.py", "--device=cpu")
     checkpoint["tokenizer"]["chars"] += "\u72d0"
-    checkpoint["model_args"]["n_embd"] = 16
-    torch.save(checkpoint, path)
+    torch.save(checkpoint, tmp_path / "out/ckpt.pt")
     fails_with("its tokenizer has .* tokens, its model", tmp_path, "sample.py", "--device=cpu")
     del checkpoint["tokenizer"]
-    torch.save(checkpoint, path)
+    torch.save(checkpoint, tmp_path / "out/ckpt.pt")
     fails_with("ckpt.pt: holds no tokenizer", tmp_path, "sample.py", "--device=cpu")
 
 
@@ -1288,8 +1494,11 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     (tmp_path / "out").mkdir()
-    torch.save({"model": Evil()}, tmp_path / "out/ckpt.pt")
-    fails_with("out/ckpt.pt: not a", tmp_path, "sample.py", "--device=cpu")
+    for as_zip in (True, False):  # torch.load takes torch's older format, a bare pickle, as well
+        torch.save(
+            {"model": Evil()}, tmp_path / "out/ckpt.pt", _use_new_zipfile_serialization=as_zip
+        )
+        fails_with("out/ckpt.pt: not a", tmp_path, "sample.py", "--device=cpu")
     assert not (tmp_path / "ran").exists()
 
 

@@ -202,11 +202,12 @@ def test_a_sample_ends_at_its_stop(folder, length, num_samples):
         assert short == (long[: found + len(stop)] if found >= 0 else long)
 
 
-def test_a_terminal_gets_colours_and_no_control_characters(folder):
+@pytest.mark.parametrize("args", [("--show_experts", "--num_samples=2"), ("--num_samples=1",)])
+def test_a_terminal_gets_colours_and_no_control_characters(args, folder):
     ours, theirs = pytest.importorskip("pty").openpty()
-    command = [sys.executable, str(HERE / "sample.py"), "--device=cpu", "--show_experts"]
+    command = [sys.executable, str(HERE / "sample.py"), "--device=cpu", *args]
     process = subprocess.Popen(
-        [*command, "--start=\x1b\u202e<", "--num_samples=2", "--max_new_tokens=50"],
+        [*command, "--start=\x1b\u202e<", "--max_new_tokens=50"],
         cwd=folder, stdout=theirs, env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": ""},
     )  # fmt: skip
     os.close(theirs)
@@ -218,7 +219,8 @@ def test_a_terminal_gets_colours_and_no_control_characters(folder):
         pass
     assert process.wait(60) == 0
     text = printed.decode()
-    assert text.count("experts on: ") == 2 and "\\x1b" in text and "\\u202e" in text
+    assert text.count("experts on: ") == (2 if "--show_experts" in args else 0)
+    assert text.count("\\x1b") > 1 and text.count("\\u202e") > 1  # the prompt's, and more
     assert (
         "\x1b" not in re.sub(r"\x1b\[(0|[34]8;2;\d+;\d+;\d+)m", "", text) and "\u202e" not in text
     )

@@ -35,10 +35,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import load_checkpoint, write_whole
-from config import fail, override, pick_device
+from config import fail, override, pick_device, printable
 from mfu import estimate_mfu
 from model import Layer, Mask, ModelConfig, ParallelEncoderDecoder, mask_statistics
-from muon import Muon, configure_optimizers, is_sharded, share_of
+from muon import Muon, configure_optimizers, is_sharded, restore
 from prepare_shakespeare import SHAKESPEARE, load_data, prepare
 
 # -----------------------------------------------------------------------------
@@ -129,6 +129,7 @@ for name, least in {
     "max_iters": 0,
     "max_seconds": 0.0,
     "learning_rate": 1e-12,
+    "min_lr": 0.0,
     "muon_learning_rate": 0.0,
     "weight_decay": 0.0,
     "muon_weight_decay": 0.0,
@@ -157,15 +158,21 @@ if fsdp and "RANK" not in os.environ:
 
 
 def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """One line in place of a traceback where a process stops because another one did."""
-    if not issubclass(kind, dist.DistError) and "gloo" not in str(error):
-        return sys.__excepthook__(kind, error, trace)
+    """One line in place of a traceback where the cause is none of this program's."""
     reason, resume = str(error).partition("\n")[0], ""
+    if issubclass(kind, dist.DistError) or "gloo" in reason:
+        what = f"process {rank} has lost another one"
+    elif issubclass(kind, OSError):  # of files the errors are told where they are used
+        what = "its output cannot be written"
+    elif issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
+        what = "not enough memory; lower --batch_size or --block_size"
+    else:
+        return sys.__excepthook__(kind, error, trace)
     if Path(out_dir, "ckpt.pt").exists():
         resume = f"; --init_from=resume goes on from {out_dir}/ckpt.pt"
-    print(f"train.py: process {rank} has lost another one{resume} ({reason})", file=sys.stderr)
+    print(f"train.py: {what}{resume} ({printable(reason)})", file=sys.stderr)
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(1)  # a usual exit would wait for the others, or write once more
 
 
 # The device, and under torchrun the processes: each takes its share of the micro-batches.
@@ -177,7 +184,7 @@ if ddp and device == "cuda":
 if ddp and device == "mps":
     device = "cpu"  # torch.distributed has no backend for MPS
 device_type = device.split(":")[0]
-if ":" in device:
+if device_type == "cuda" and ":" in device:
     torch.cuda.set_device(device)
 if ddp:
     nccl = "cpu:gloo,cuda:nccl"  # gloo beside it, since signals are agreed on without the GPU
@@ -186,7 +193,7 @@ if ddp:
         dist.init_process_group({"auto": auto, "nccl": nccl, "gloo": "gloo"}[backend])
     except (RuntimeError, ValueError) as error:
         fail(f"backend={backend!r}: {str(error).splitlines()[0]}")
-    sys.excepthook = on_error
+sys.excepthook = on_error
 if not master:
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the master speaks for all
 micro_steps = math.ceil(gradient_accumulation_steps / world_size)  # of this process
@@ -242,7 +249,8 @@ try:
         best_val_loss = checkpoint["best_val_loss"]
         saved_is_best, decisions = checkpoint["is_best"], checkpoint["decisions"]
         print(f"goes on from {out_dir}/ckpt.pt, saved after {start_iter} iterations")
-        if checkpoint["tokenizer"] != asdict(tokenizer):
+        vocab_size = raw_model.config.vocab_size
+        if checkpoint["tokenizer"] != asdict(tokenizer) or vocab_size != tokenizer.vocab_size:
             raise ValueError(f"{data_dir}: not the vocabulary that {out_dir} was trained with")
         for name, value in asdict(raw_model.config).items():
             if name in settings and settings[name] != value:
@@ -283,13 +291,7 @@ try:
             raise ValueError(
                 f"optimizer={optimizer!r}: {out_dir} was trained with {trained_with!r}"
             )
-        for opt in optimizers:
-            # The groups stay as they are: the settings count, not the checkpoint's.
-            state = checkpoint["optimizers"].pop(0)["state"]
-            held = [p for group in opt.param_groups for p in group["params"]]
-            for k in state:
-                state[k] = {name: share_of(held[k], value) for name, value in state[k].items()}
-            opt.load_state_dict(opt.state_dict() | {"state": state})
+        restore(optimizers, checkpoint.pop("optimizers"))
 except KeyError as error:
     fail(f"{out_dir}/ckpt.pt: has no entry {error}; it was not written by this train.py")
 except (ValueError, RuntimeError) as error:  # the latter: a seed too large, no memory
@@ -366,7 +368,7 @@ def expert_statistics() -> dict[str, list]:
         m = raw_model.expert_masks(idx.to(device), rounded=False)
     stats = mask_statistics(Mask(m, m), l1_norm)
     before, decisions = decisions, m >= 0.5
-    if before is not None:
+    if isinstance(before, torch.Tensor) and before.shape == m.shape:
         stats["changed"] = (decisions != before.to(m.device)).float().mean(dim=(-3, -2, -1))
     return {name: value.tolist() for name, value in stats.items()}
 
@@ -493,11 +495,13 @@ if master:
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):
-            if init_from == "scratch" and not eval_only and Path(out_dir, name).exists():
-                old = Path(out_dir, f"{name}.old")
+            path, old = Path(out_dir, name), Path(out_dir, f"{name}.old")
+            if init_from == "scratch" and not eval_only and path.exists():
                 lost = ", in place of the one before it" if old.exists() else ""
-                os.replace(Path(out_dir, name), old)
-                print(f"{out_dir}/{name}, of an earlier run, is now {name}.old{lost}")
+                os.replace(path, old)
+                print(f"{path}, of an earlier run, is now {old.name}{lost}")
+                if name == "ckpt.pt":  # whose best one is not that of the run before
+                    Path(out_dir, "ckpt_best.pt.old").unlink(missing_ok=True)
     except OSError as error:
         fail(f"out_dir={out_dir!r}: cannot be used: {error.strerror}")
 print(
@@ -508,6 +512,7 @@ for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what a cluster sen
     signal.signal(number, on_signal)
 
 iter_num, bad_steps = start_iter, 0  # steps skipped in a row
+grad_norm = torch.tensor(math.nan)
 saved_iter = start_iter if init_from == "resume" else -1
 estimate_mfu(raw_model, 1, 1)  # measures the machine's peak, before the clock starts
 start = last = time.perf_counter()
@@ -528,7 +533,11 @@ while True:
             flush=True,
         )
         if not math.isfinite(losses["val"]):
-            end_run(f"the loss is {losses['val']} at iteration {iter_num}; lower --learning_rate")
+            end_run(
+                f"iter {iter_num}: the validation loss is not finite (loss {losses['val']:.4g}, "
+                f"gradient norm before it {grad_norm:.4g}, learning rate "
+                f"{get_lr(schedule_iter):.3g}); checkpoints are as they were; lower --learning_rate"
+            )
         if not eval_only:
             log_evaluation(
                 iter=iter_num,
@@ -642,10 +651,10 @@ if evaluates:
             idx = torch.tensor([tokenizer.encode(prompt)], device=device)
             torch.manual_seed(seed)
             idx = raw_model.generate(idx, 300, temperature=0.8, top_k=200)
-            print(f"\nA sample:\n{tokenizer.decode(idx[0].tolist())}\n")
+            print(f"\nA sample:\n{printable(tokenizer.decode(idx[0].tolist()))}\n")
         if Path(out_dir, "ckpt.pt").exists():
             command = ["python", "sample.py", f"--out_dir={out_dir}"]
             command += [] if has_newline else [f"--start={prompt}"]
-            print(f"More of it: {shlex.join(command)}")
+            print(f"More of it: {printable(shlex.join(command))}")
 if ddp:
     leave_processes(0)

@@ -16,7 +16,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import active, difference, error, mean, runs
+from tables import active, differences, error, mean, runs
 
 ASSETS = Path(__file__).parent.parent / "assets"
 GRAY, BLUE, ORANGE, GREEN, RED = "#808890", "#3b8eea", "#d9822b", "#2f9e63", "#d9534f"
@@ -65,11 +65,11 @@ def variants() -> None:
     """The difference of each variant from the canonical layer."""
     found = runs("variants")
     base = found.pop("canonical")
-    found = dict(sorted(found.items(), key=lambda item: -difference(item[1], base)[0]))
+    found = {name: differences(rows, base) for name, rows in found.items()}
+    found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
     _, ax = plt.subplots(figsize=(6.4, 0.3 * len(found) + 0.8))
-    for k, rows in enumerate(found.values()):
-        delta, se = difference(rows, base)
-        ax.errorbar(delta, k, xerr=se, fmt="o", color=BLUE, capsize=2)
+    for k, deltas in enumerate(found.values()):
+        ax.errorbar(statistics.mean(deltas), k, xerr=error(deltas), fmt="o", color=BLUE, capsize=2)
     ax.axvline(0, color=GRAY, linewidth=0.8)
     ax.set_yticks(range(len(found)), list(found))
     ax.set_xlabel("difference of the validation loss from the canonical layer, ± standard error")

@@ -56,18 +56,20 @@ def error(values: list[float]) -> float:
     return math.nan if len(values) < 2 else statistics.stdev(values) / len(values) ** 0.5
 
 
-def difference(rows: list[dict], base: list[dict]) -> tuple[float, float]:
-    """Of the losses, over the seeds that both have: the mean and its standard error."""
+def with_error(values: list[float], form: str) -> str:
+    """The mean over the seeds, ± its standard error."""
+    se = error(values)
+    return f"{statistics.mean(values):{form}}" + ("" if math.isnan(se) else f" ± {se:.{form[-2]}f}")
+
+
+def differences(rows: list[dict], base: list[dict]) -> list[float]:
+    """Of the losses, over the seeds that both have."""
     of_base = {row["seed"]: row["val_loss"] for row in base}
-    pairs = [row["val_loss"] - of_base[row["seed"]] for row in rows if row["seed"] in of_base]
-    return statistics.mean(pairs), error(pairs)
+    return [row["val_loss"] - of_base[row["seed"]] for row in rows if row["seed"] in of_base]
 
 
 def show_difference(rows: list[dict], base: list[dict]) -> str:
-    if rows is base:
-        return ""
-    delta, se = difference(rows, base)
-    return f"{delta:+.3f}" + ("" if math.isnan(se) else f" ± {se:.3f}")
+    return "" if rows is base else with_error(differences(rows, base), "+z.3f")
 
 
 def percent(share: float | None) -> str:
@@ -251,25 +253,37 @@ def probes() -> str:
     for name, rows in found.items():
         of_streams = [row["probes"] for row in rows]
         for stream in of_streams[0]:
-            if stream == "the commonest" and name != "canonical":
+            if stream == "the commonest":
                 continue
             targets = list(of_streams[0][stream])
-            shares = ([p[stream][target] for p in of_streams] for target in targets)
-            model = "" if stream == "the commonest" else name
-            lines.append((model, stream, *(f"{statistics.mean(s):.1%}" for s in shares)))
-    return markdown("| stream | " + " | ".join(f"{target}:" for target in targets), lines)
+            shares = ([100 * p[stream][target] for p in of_streams] for target in targets)
+            lines.append((name, stream, *(with_error(s, ".1f") for s in shares)))
+    commonest = found["canonical"][0]["probes"]["the commonest"]  # of the text: no seed matters
+    lines.append(
+        ("the commonest answer", "", *(f"{100 * share:.1f}" for share in commonest.values()))
+    )
+    return markdown("| stream | " + " | ".join(f"{target}, %:" for target in targets), lines)
 
 
-def cuts() -> str:
-    """Losses with something left out at test time, as differences from the whole model."""
+def cuts(whole: bool) -> str:
+    """Losses with something left out at test time, as differences from the whole model.
+
+    All of them, or the telling ones for the README.
+    """
     found = runs("inside")
-    names = list(dict.fromkeys(name for rows in found.values() for name in rows[0]["cuts"]))
+    if not whole:
+        found = {model: rows for model, rows in found.items() if not model.startswith("experts")}
+    names = dict.fromkeys(name for rows in found.values() for name in rows[0]["cuts"])
+    if not whole:
+        names = [name for name in names if re.search(r"nothing|layer|sees (2|8|32)$", name)]
 
     def cell(rows: list[dict], name: str) -> str:
         if name not in rows[0]["cuts"]:
             return ""
-        values = [row["cuts"][name] - row["cuts"]["nothing"] * (name != "nothing") for row in rows]
-        return f"{statistics.mean(values):{'.3f' if name == 'nothing' else '+.3f'}}"
+        if name == "nothing":
+            return f"{statistics.mean(row['cuts'][name] for row in rows):.3f}"
+        values = [row["cuts"][name] - row["cuts"]["nothing"] for row in rows]
+        return with_error(values, "+z.3f")
 
     return markdown("left out | " + " | ".join(f"{model}:" for model in found), (
         (name, *(cell(rows, name) for rows in found.values())) for name in names
@@ -309,7 +323,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "experts": experts,
     "use": use,
     "probes": probes,
-    "cuts": cuts,
+    "cuts": lambda: cuts(whole=False),
+    "cuts, all": lambda: cuts(whole=True),
 }
 
 
