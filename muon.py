@@ -155,7 +155,7 @@ def restore(optimizers: list[torch.optim.Optimizer], saved: list[dict[str, Any]]
     learning rates, stay as they are. ValueError where a state is not of such parameters."""
     names = ("step", "exp_avg", "exp_avg_sq")
     try:
-        for opt, state in zip(optimizers, (one["state"] for one in saved), strict=True):
+        for opt, state in zip(optimizers, (dict(one)["state"] for one in saved), strict=True):
             params = [p for group in opt.param_groups for p in group["params"]]
             for k, of_p in state.items():
                 expected = dict.fromkeys(names, params[k].shape) | {"step": torch.Size()}

@@ -207,7 +207,7 @@ def test_a_terminal_gets_colours_and_no_control_characters(args, folder):
     ours, theirs = pytest.importorskip("pty").openpty()
     command = [sys.executable, str(HERE / "sample.py"), "--device=cpu", *args]
     process = subprocess.Popen(
-        [*command, "--start=\x1b\u202e<", "--max_new_tokens=50"],
+        [*command, "--start=\x1b\u202e<", "--max_new_tokens=200"],
         cwd=folder, stdout=theirs, env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": ""},
     )  # fmt: skip
     os.close(theirs)
