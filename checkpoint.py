@@ -19,7 +19,7 @@ import torch
 
 from model import ModelConfig, ParallelEncoderDecoder
 
-# What train.py saves beside the model, all of which but the tokenizer it needs to go on.
+# What train.py saves beside the model, to go on from.
 ENTRIES = {
     "optimizers": list,
     "iter_num": int,
@@ -70,11 +70,11 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
     except (FileNotFoundError, NotADirectoryError):
         said = "there is no checkpoint; train.py writes one, and --out_dir names its folder"
         raise ValueError(f"{path}: {said}") from None
-    except (PermissionError, torch.OutOfMemoryError) as error:
-        raise ValueError(f"{path}: cannot be loaded: {error}") from None
     except Exception as error:  # a damaged file can fail anywhere inside a reader
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a whole checkpoint of train.py: {reason}") from None
+        cannot = isinstance(error, PermissionError) or lacks_memory(error)
+        what = "cannot be loaded" if cannot else "not a whole checkpoint of train.py"
+        raise ValueError(f"{path}: {what}: {reason}") from None
     try:
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
@@ -83,8 +83,9 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
             if type(value) is not kind or (kind in (int, float) and not value >= 0):
                 raise ValueError(f"its {name} is {value!r:.100}")
         args, weights = checkpoint["model_args"], checkpoint.pop("model")
-        for name in sorted({field.name for field in fields(ModelConfig)} ^ args.keys()):
-            raise ValueError(f"model_args {'has an unknown' if name in args else 'lacks'} {name!r}")
+        if odd := sorted({field.name for field in fields(ModelConfig)} ^ args.keys()):
+            what = "have an unknown" if odd[0] in args else "lack"
+            raise ValueError(f"its model_args {what} {odd[0]!r}")
         config = ModelConfig(**args)
         if config.n_layer > len(weights):
             raise ValueError(f"n_layer={config.n_layer}: it has not as many weights")
@@ -92,8 +93,15 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
             ParallelEncoderDecoder(config).load_state_dict(weights, assign=True)
         model = ParallelEncoderDecoder(config)
         model.load_state_dict(weights)
-    except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
-        reason = str(error).partition(":\n\t")[2] or str(error)  # of a state_dict: the first of all
-        reason = reason.partition("\n")[0]
-        raise ValueError(f"{path}: not a checkpoint of this model: {reason}") from None
+    except (TypeError, KeyError, AttributeError, OverflowError, RuntimeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = (reason.partition(":\n\t")[2] or reason).partition("\n")[0]  # one, of many weights
+        what = "cannot be loaded" if lacks_memory(error) else "not a checkpoint of this model"
+        raise ValueError(f"{path}: {what}: {reason}") from None
     return model.to(device), checkpoint
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether it says that there is not enough memory, of whatever device."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said

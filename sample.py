@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint
+from checkpoint import lacks_memory, load_checkpoint
 from config import fail, override, pick_device, printable
 from inference import Inference
 from prepare_shakespeare import Tokenizer
@@ -134,6 +134,7 @@ try:
     if html:
         write_html(html, seen)
         print(f"{html}: written; open it in a browser", file=sys.stderr)
+    sys.stdout.flush()
     sys.exit(130 if interrupted else 0)
 except (ValueError, OSError) as error:
     fail(str(error).partition("\n")[0])
@@ -141,7 +142,7 @@ except (RuntimeError, MemoryError) as error:
     said = str(error).strip().partition("\n")[0]
     if compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
         fail(f"compile=True: {said}; leave --compile out")
-    if not isinstance(error, MemoryError) and "memory" not in said:
+    if not lacks_memory(error):
         raise
     fail(f"not enough memory; lower --num_samples or --max_new_tokens ({said})")
 except KeyboardInterrupt:

@@ -12,6 +12,7 @@ is the cross-entropy in nats per token.
 """
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load_checkpoint, write_whole
+from checkpoint import lacks_memory, load_checkpoint, write_whole
 from config import fail, override, pick_device, printable
 from mfu import estimate_mfu
 from model import Layer, Mask, ModelConfig, ParallelEncoderDecoder, mask_statistics
@@ -159,19 +160,19 @@ if fsdp and "RANK" not in os.environ:
 
 def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """One line in place of a traceback where the cause is none of this program's."""
-    reason, resume = str(error).partition("\n")[0], ""
-    if issubclass(kind, dist.DistError) or "gloo" in reason:
+    reason, resume = printable(str(error).partition("\n")[0]), ""
+    if ddp and (issubclass(kind, dist.DistError) or "gloo" in reason):
         what = f"process {rank} has lost another one"
-    elif issubclass(kind, OSError):  # of files the errors are told where they are used
+    elif isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):
         what = "its output cannot be written"
-    elif issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
+    elif lacks_memory(error):
         what = "not enough memory; lower --batch_size or --block_size"
     else:
         return sys.__excepthook__(kind, error, trace)
-    if Path(out_dir, "ckpt.pt").exists():
-        resume = f"; --init_from=resume goes on from {out_dir}/ckpt.pt"
-    print(f"train.py: {what}{resume} ({printable(reason)})", file=sys.stderr)
-    sys.stderr.flush()
+    with suppress(OSError):
+        if "iter_num" in globals() and Path(out_dir, "ckpt.pt").exists():  # it trained
+            resume = f"; --init_from=resume goes on from {out_dir}/ckpt.pt"
+        print(f"train.py: {what}{resume} ({reason})", file=sys.stderr, flush=True)
     os._exit(1)  # a usual exit would wait for the others, or write once more
 
 
@@ -181,7 +182,7 @@ ddp, master = "RANK" in os.environ, rank == 0
 device = pick_device(device)
 if ddp and device == "cuda":
     device = f"cuda:{os.environ['LOCAL_RANK']}"
-if ddp and device == "mps":
+if ddp and device.startswith("mps"):
     device = "cpu"  # torch.distributed has no backend for MPS
 device_type = device.split(":")[0]
 if device_type == "cuda" and ":" in device:
@@ -210,7 +211,7 @@ if dtype == "bfloat16":  # it keeps no copies of what fsdp gathers
 
 # One run at a time writes to out_dir: its lock goes when the process ends, however that comes
 # about. Where there are no such locks, as on Windows, runs are not told from each other.
-if master and not eval_only and (init_from == "scratch" or Path(out_dir).exists()):
+if master and not eval_only and (init_from == "scratch" or os.path.exists(out_dir)):
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         lock = open(Path(out_dir, ".lock"), "w", encoding="utf-8")
@@ -566,7 +567,8 @@ while True:
             start_with = start_with if one_node else "torchrun (with the options as before)"
         print(
             f"stopped after {iter_num} iterations; saved {out_dir}/ckpt.pt; to go on:\n"
-            f"  {start_with} {shlex.join(again)} --init_from=resume"
+            f"  {start_with} {shlex.join(again)} --init_from=resume",
+            flush=True,
         )
         status = 128 + int(stop)
         if ddp:
@@ -656,5 +658,6 @@ if evaluates:
             command = ["python", "sample.py", f"--out_dir={out_dir}"]
             command += [] if has_newline else [f"--start={prompt}"]
             print(f"More of it: {printable(shlex.join(command))}")
+    sys.stdout.flush()  # here, where it fails with one line
 if ddp:
     leave_processes(0)

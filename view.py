@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import write_whole
 from config import printable
 from model import ParallelEncoderDecoder, window_start
 from prepare_shakespeare import Tokenizer
@@ -110,4 +109,4 @@ def write_html(path: str | Path, texts: list[Seen]) -> None:
     script = page.rpartition("<script>")[2].partition("</script>")[0]
     sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = page.replace("{{sha256}}", sha256, 1).replace("{{data}}", values, 1)
-    write_whole(Path(path), lambda file: file.write(page.encode()))
+    Path(path).write_text(page, encoding="utf-8", newline="\n")

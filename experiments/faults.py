@@ -9,8 +9,9 @@ the end the run's losses and weights must be those of a run that was left alone,
 thousand damaged checkpoints, meta.json and .bin files each, those are lost that fail with more than
 one line, and checkpoints that are taken with other weights; a token that became another one cannot
 be told. Of a thousand checkpoints whose checksums are right, but of whose values one is another, or
-gone, those are lost that can neither train on nor fail with one line. A text of 100 MB is prepared:
-lost, where that takes 1 GB of memory or more, or 20 s. The exit status is 1 where anything is lost.
+gone, those are lost with which neither a run goes on nor fails with one line. A text of 100 MB is
+prepared: lost, where that takes 1 GB of memory or more, or 20 s. The exit status is 1 where
+anything is lost.
 """
 
 import json
@@ -72,8 +73,6 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 def end(kind: str, folder: Path, rng: random.Random) -> bool:
     """Goes on with the run in folder/killed, and ends it; whether something was lost."""
     ckpt = folder / "killed/ckpt.pt"
-    for half_written in ckpt.parent.glob("*.tmp"):  # by a run that was killed
-        half_written.unlink()
     before = load_checkpoint(ckpt)[1]["iter_num"] if ckpt.exists() else 0
     at, args = (ckpt.stat().st_mtime_ns if before else 0), ["--out_dir=killed"]
     args += ["--init_from=resume"] if before else []
@@ -89,7 +88,8 @@ def end(kind: str, folder: Path, rng: random.Random) -> bool:
             break
         time.sleep(0.002)
     if kind == "kill -9 while it writes a checkpoint":
-        while process.poll() is None and not list(ckpt.parent.glob("*.tmp")):
+        aside = ckpt.with_name("ckpt.pt.tmp")  # of this run: it has saved, and renamed an older one
+        while process.poll() is None and not aside.exists():
             pass
         time.sleep(rng.random() * 0.002)
     else:
@@ -166,32 +166,44 @@ def places(value: Any) -> Iterator[tuple[dict | list, Any]]:
 OTHERS = (None, True, -1, 10**9, 0.5, float("nan"), "x", [], {}, torch.zeros(1), torch.zeros(2, 3))
 
 
-def try_other_values(path: Path, rng: random.Random) -> Counter:
-    """Checkpoints of which one value is another, or gone: loaded, and trained on for a step."""
-    counts = Counter(tried=MUTATIONS, lost=0)
-    for _ in range(MUTATIONS):
-        checkpoint = torch.load(path, weights_only=True)
+def try_other_values(out_dir: Path, rng: random.Random) -> Counter:
+    """Checkpoints of which one value is another, or gone: loaded, and trained on for a step; each
+    twentieth of them by train.py."""
+    counts, path = Counter(tried=MUTATIONS, lost=0), out_dir.with_name("other") / "ckpt.pt"
+    path.parent.mkdir()
+    for k in range(MUTATIONS):
+        checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
         holder, key = rng.choice([*places(checkpoint)])
         if rng.random() < 0.2:
             del holder[key]
         else:
             holder[key] = rng.choice(OTHERS)
-        torch.save(checkpoint, path.with_name("other.pt"))
-        try:
-            model, saved = load_checkpoint(path.with_name("other.pt"))
-            adamw, muon = dict(lr=1e-3, betas=(0.9, 0.95)), dict(lr=0.02)
-            optimizers = configure_optimizers(model, adamw, muon)
-            restore(optimizers, saved["optimizers"])
-            idx = torch.randint(model.config.vocab_size, (2, 16))
-            model(idx, idx).loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            counts["taken"] += 1
-        except (ValueError, KeyError) as error:  # KeyError: for train.py to tell
-            counts["refused"] += 1
-            counts["lost"] += len(str(error).splitlines()) != 1
-        except Exception:
-            counts["lost"] += 1
+        torch.save(checkpoint, path)
+        if k % 20 == 0:
+            more = (
+                f"--out_dir={path.parent.name}",
+                "--init_from=resume",
+                f"--max_iters={ITERS + 1}",
+            )
+            process = start(out_dir.parent, *more)
+            said = process.communicate(timeout=120)[1].decode()
+            refused = process.returncode == 2 and len(said.splitlines()) == 1
+            counts["lost"] += not refused and process.returncode != 0
+        else:
+            try:
+                model, saved = load_checkpoint(path)
+                optimizers = configure_optimizers(model, {"betas": (0.9, 0.95)}, {"lr": 0.02})
+                restore(optimizers, saved["optimizers"])
+                refused = False
+            except (ValueError, KeyError) as error:  # train.py makes a line of a KeyError
+                refused = True
+                counts["lost"] += len(str(error).splitlines()) != 1
+            if not refused:  # what fails here ends this program
+                idx = torch.randint(model.config.vocab_size, (2, 16))
+                model(idx, idx).loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+        counts["refused" if refused else "taken"] += 1
     return counts
 
 
@@ -248,7 +260,7 @@ def main() -> None:
                         for key, w in load_checkpoint(path)[0].state_dict().items()),
             rng,
         )  # fmt: skip
-        results["checkpoint with another value"] = try_other_values(path, rng)
+        results["checkpoint with another value"] = try_other_values(path.parent, rng)
         data = folder / "data/shakespeare_char"
         expected = values(data)
         for file in ("meta.json", "train.bin", "val.bin"):

@@ -6,6 +6,7 @@
 Backgrounds are transparent and the colours of a middle lightness, to be read on light and dark.
 """
 
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -41,8 +42,12 @@ def spread(rows: list[dict]) -> float:
 def curve() -> None:
     """Loss against active parameters: learned dropout, top-k experts, smaller dense models."""
     found = runs("curve")
+    for name, rows in runs("experts").items():
+        if re.fullmatch(r"entropy_weight=(0.2|1.0) l1_weight=.*|entropy_weight=1.0", name):
+            found[name] = rows
     kinds = {
         "learned dropout, l1_weight swept": (BLUE, "o-", "l1_weight="),
+        "learned dropout with an entropy penalty": (BLUE, "P", "entropy_weight="),
         "top k of 16 experts": (ORANGE, "s-", "top "),
         "dense, no encoder feed-forward": (RED, "d-", "no encoder"),
         "dense, narrower": (GREEN, "^-", "dense, 76 wide|dense, 70|dense, 64|dense, 58|dense, 52"),

@@ -56,10 +56,10 @@ def error(values: list[float]) -> float:
     return math.nan if len(values) < 2 else statistics.stdev(values) / len(values) ** 0.5
 
 
-def with_error(values: list[float], form: str) -> str:
+def with_error(values: list[float], digits: int, sign: str = "") -> str:
     """The mean over the seeds, ± its standard error."""
-    se = error(values)
-    return f"{statistics.mean(values):{form}}" + ("" if math.isnan(se) else f" ± {se:.{form[-2]}f}")
+    shown, se = f"{statistics.mean(values):{sign}.{digits}f}", error(values)
+    return shown if math.isnan(se) else f"{shown} ± {se:.{digits}f}"
 
 
 def differences(rows: list[dict], base: list[dict]) -> list[float]:
@@ -69,7 +69,7 @@ def differences(rows: list[dict], base: list[dict]) -> list[float]:
 
 
 def show_difference(rows: list[dict], base: list[dict]) -> str:
-    return "" if rows is base else with_error(differences(rows, base), "+z.3f")
+    return "" if rows is base else with_error(differences(rows, base), 3, "+z")
 
 
 def percent(share: float | None) -> str:
@@ -177,9 +177,10 @@ def faults() -> str:
     """What was tried to lose something, from faults.py."""
     lines = []
     for name, row in read("faults.json").items():
-        if "tried" in row:
-            rest = (f"{k}: {v}" for k, v in row.items() if k not in ("tried", "lost"))
-            lines.append((name, f"{row['tried']:,}", str(row["lost"]), ", ".join(rest)))
+        if "tried" not in row:
+            continue
+        rest = (f"{k}: {v}" for k, v in row.items() if k not in ("tried", "lost"))
+        lines.append((name, f"{row['tried']:,}", str(row["lost"]), ", ".join(rest)))
     return markdown("what | tried: | lost: |", lines)
 
 
@@ -257,7 +258,7 @@ def probes() -> str:
                 continue
             targets = list(of_streams[0][stream])
             shares = ([100 * p[stream][target] for p in of_streams] for target in targets)
-            lines.append((name, stream, *(with_error(s, ".1f") for s in shares)))
+            lines.append((name, stream, *(with_error(s, 1) for s in shares)))
     commonest = found["canonical"][0]["probes"]["the commonest"]  # of the text: no seed matters
     lines.append(
         ("the commonest answer", "", *(f"{100 * share:.1f}" for share in commonest.values()))
@@ -283,7 +284,7 @@ def cuts(whole: bool) -> str:
         if name == "nothing":
             return f"{statistics.mean(row['cuts'][name] for row in rows):.3f}"
         values = [row["cuts"][name] - row["cuts"]["nothing"] for row in rows]
-        return with_error(values, "+z.3f")
+        return with_error(values, 3, "+z")
 
     return markdown("left out | " + " | ".join(f"{model}:" for model in found), (
         (name, *(cell(rows, name) for rows in found.values())) for name in names
