@@ -158,12 +158,15 @@ if fsdp and "RANK" not in os.environ:
     fail("fsdp=True: shards a model over processes; start them with torchrun, or set --fsdp=False")
 
 
+UNWRITTEN = ("EPIPE", "ENOSPC", "EDQUOT", "EFBIG", "EIO")
+
+
 def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """One line in place of a traceback where the cause is none of this program's."""
     reason, resume = printable(str(error).partition("\n")[0]), ""
     if ddp and (issubclass(kind, dist.DistError) or "gloo" in reason):
         what = f"process {rank} has lost another one"
-    elif isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+    elif isinstance(error, OSError) and errno.errorcode.get(error.errno) in UNWRITTEN:
         what = "its output cannot be written"
     elif lacks_memory(error):
         what = "not enough memory; lower --batch_size or --block_size"
