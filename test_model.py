@@ -339,7 +339,7 @@ def test_every_parameter_gets_a_gradient(fields):
 def test_learns_one_batch_by_heart(fields):
     model = build(fields, spread=False).train()
     idx, targets = random_ids(2, 16), random_ids(2, 16, seed=2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
     for _ in range(200):
         output = model(idx, targets)
