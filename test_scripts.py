@@ -1195,11 +1195,12 @@ def test_an_earlier_run_is_kept(workplace, trained):
     assert not (workplace / "out/ckpt_best.pt.old").exists()
 
 
-def test_a_resumed_run_may_have_another_batch_size(workplace):
+def test_a_resumed_run_may_have_other_settings(workplace):
     experts = ("--n_expert=8", "--out_dir=out", "--max_iters=10")
     succeed(workplace, "train.py", *TINY, *experts)
-    more = ("--init_from=resume", "--batch_size=6", "--seed=5", "--max_iters=20")
-    assert "step 20: " in succeed(workplace, "train.py", *TINY, *experts, *more)
+    more = ("--init_from=resume", "--batch_size=6", "--seed=5", "--max_iters=30", "--min_lr=0")
+    printed = succeed(workplace, "train.py", *TINY, *experts, *more)
+    assert "step 30: " in printed and "the learning rate is 0 from iteration 20 on" in printed
 
 
 def test_eval_only_writes_nothing(trained):

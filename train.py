@@ -512,6 +512,8 @@ print(
     f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}, "
     f"{micro_steps * world_size * batch_size * block_size:,} tokens per iteration"
 )
+if decay_lr and min_lr == 0 and lr_decay_iters < max_iters and not max_seconds:
+    print(f"the learning rate is 0 from iteration {lr_decay_iters} on; raise --lr_decay_iters, too")
 for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what a cluster sends
     signal.signal(number, on_signal)
 
