@@ -177,8 +177,6 @@ def faults() -> str:
     """What was tried to lose something, from faults.py."""
     lines = []
     for name, row in read("faults.json").items():
-        if "tried" not in row:
-            continue
         rest = (f"{k}: {v}" for k, v in row.items() if k not in ("tried", "lost"))
         lines.append((name, f"{row['tried']:,}", str(row["lost"]), ", ".join(rest)))
     return markdown("what | tried: | lost: |", lines)
