@@ -158,6 +158,7 @@ if fsdp and "RANK" not in os.environ:
     fail("fsdp=True: shards a model over processes; start them with torchrun, or set --fsdp=False")
 
 
+# What becomes of stdout where its reader has gone, or its disk is full.
 UNWRITTEN = ("EPIPE", "ENOSPC", "EDQUOT", "EFBIG", "EIO")
 
 
