@@ -84,17 +84,16 @@ def compare_compiled(fields, batch, lengths=(5, 7, 5)):
 
 
 @pytest.mark.parametrize(
-    "large, fields",
+    "fields",
     [
-        (False, {"n_expert": 8, "lateral": True, "cross_first": True}),
-        (True, {"n_expert": 8, "lateral": True, "cross_first": True}),
-        (False, {"n_expert": 8, "router_input": "embedding", "expert_site": "output"}),
-        (True, {"n_expert": 8, "router_input": "embedding", "bias": True}),
-        (True, {"arch": "decoder_only", "n_expert": 8, "next_position": "add"}),
-        (False, {"decoder_self_attention": False, "next_position": "subtract", "n_cross_head": 4}),
+        {"n_expert": 8, "lateral": True, "cross_first": True},
+        {"n_expert": 8, "router_input": "embedding", "expert_site": "output", "bias": True},
+        {"arch": "decoder_only", "n_expert": 8, "next_position": "add"},
+        {"decoder_self_attention": False, "next_position": "subtract", "n_cross_head": 4},
     ],
 )
-def test_compiled_draws_are_those_of_the_model(large, fields, eager_backend, monkeypatch):
+@pytest.mark.parametrize("large", [False, True])
+def test_compiled_draws_are_those_of_the_model(fields, large, eager_backend, monkeypatch):
     """Two models and sizes in one process, as the code is not checked to fit."""
     if large:
         monkeypatch.setattr(inference_file, "LARGE", 1)

@@ -26,6 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -78,16 +79,17 @@ def become(folder, argv, env, output, first):
     sys.path[1:1] = env.get("PYTHONPATH", "").split(os.pathsep)
     torch.set_num_threads(1)
     try:
-        first()
+        if first is not None:
+            first()
         runpy.run_path(argv[0], run_name="__main__")
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
 
 
-def run(folder, script, *args, env=OFFLINE, timeout=120, first=int):
+def run(folder, script, *args, env=OFFLINE, timeout=120, first=None):
     """Runs a script of ours in `folder`, to its end: in a process of its own, which has torch
-    imported already, since that takes longer than most of the tests, and calls `first()` first."""
+    imported already, since that takes longer than most of the tests; it calls `first` first."""
     argv = [str(HERE / script), *args]
     if sys.platform != "linux":
         return subprocess.run(
@@ -96,7 +98,7 @@ def run(folder, script, *args, env=OFFLINE, timeout=120, first=int):
         )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         # With a limit to the size of files only the errors are kept, which are short.
-        output = [Path(name, "stdout") if first is int else Path(os.devnull), Path(name, "stderr")]
+        output = [Path(name, "stdout") if first is None else Path(os.devnull), Path(name, "stderr")]
         process = FORKSERVER.Process(target=become, args=(folder, argv, env, output, first))
         process.start()
         process.join(timeout)
@@ -1024,9 +1026,10 @@ def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated)
 )
 def test_shards_repeat_ddp_and_their_checkpoints_are_the_same(fields, workplace):
     """fsdp: the first half in shares, the second in one process; then the other way round. Both
-    beside DDP, whose first half is that of one process."""
+    beside one process, and beside DDP, whose first half is that of one process."""
     args = (*TINY, *fields.split(), "--gradient_accumulation_steps=4")
     half, resumed = (*args, "--max_iters=10"), (*args, "--init_from=resume")
+    succeed(workplace, "train.py", *args, "--out_dir=one")
     succeed(workplace, "train.py", *half, "--out_dir=shards_last")
     shutil.copytree(workplace / "shards_last", workplace / "ddp")
     run_two(workplace, *resumed, "--out_dir=ddp")
@@ -1034,10 +1037,11 @@ def test_shards_repeat_ddp_and_their_checkpoints_are_the_same(fields, workplace)
     assert not printed.stderr
     succeed(workplace, "train.py", *resumed, "--out_dir=shards_first")
     run_two(workplace, *resumed, "--fsdp", "--out_dir=shards_last")
-    for name in ("shards_first", "shards_last"):
-        for mine, theirs in zip(
-            evaluations(workplace / name), evaluations(workplace / "ddp"), strict=True
-        ):
+    for name, reference in product(("shards_first", "shards_last"), ("one", "ddp")):
+        found, expected = evaluations(workplace / name), evaluations(workplace / reference)
+        if reference == "one":
+            del found[2]  # of the whole split, where the first half ended
+        for mine, theirs in zip(found, expected, strict=True):
             for loss in ("train_loss", "val_loss", "whole_val_loss"):
                 assert mine.get(loss) == pytest.approx(theirs.get(loss), abs=1e-5)
     assert all(type(w) is torch.Tensor for w in weights(workplace / "shards_last").values())
@@ -1129,7 +1133,9 @@ def test_a_killed_worker_ends_the_others_and_the_run_resumes(victim, workplace):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("number, args", [(signal.SIGINT, ()), (signal.SIGTERM, ("--fsdp",))])
+@pytest.mark.parametrize("number, args", [
+    (signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, ("--fsdp",)),
+])  # fmt: skip
 def test_a_signal_to_torchrun_saves_too(number, args, workplace):
     with two_that_train(workplace, *args) as (torchrun, _):
         torchrun.send_signal(number)

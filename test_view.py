@@ -202,9 +202,9 @@ def test_a_sample_ends_at_its_stop(folder, length, num_samples):
         assert short == (long[: found + len(stop)] if found >= 0 else long)
 
 
-def test_a_terminal_gets_colours_and_no_control_characters(folder, model):
+@pytest.mark.parametrize("coloured", [True, False])
+def test_a_terminal_gets_colours_and_no_control_characters(coloured, folder):
     """Several samples with their experts, and a single one as it comes."""
-    coloured = model.config.arch == "parallel"
     args = ("--show_experts", "--num_samples=2") if coloured else ("--num_samples=1",)
     ours, theirs = pytest.importorskip("pty").openpty()
     command = [sys.executable, str(HERE / "sample.py"), "--device=cpu", *args]
