@@ -153,15 +153,15 @@ def configure_optimizers(
 def restore(optimizers: list[torch.optim.Optimizer], saved: list[dict[str, Any]]) -> None:
     """Puts the states of earlier optimizers, by `state_dict`, into these; their groups, with the
     learning rates, stay as they are. ValueError where a state is not of such parameters."""
-    names = ("step", "exp_avg", "exp_avg_sq")
     try:
         for opt, state in zip(optimizers, (dict(one)["state"] for one in saved), strict=True):
             params = [p for group in opt.param_groups for p in group["params"]]
+            names = ("step", "exp_avg", "exp_avg_sq")
+            if isinstance(opt, Muon):
+                names = ("momentum_buffer",)
             for k, of_p in state.items():
-                expected = dict.fromkeys(names, params[k].shape) | {"step": torch.Size()}
-                if isinstance(opt, Muon):
-                    expected = {"momentum_buffer": params[k].shape}
-                if {name: value.shape for name, value in of_p.items()} != expected:
+                shapes = {n: torch.Size() if n == "step" else params[k].shape for n in names}
+                if {name: value.shape for name, value in of_p.items()} != shapes:
                     raise ValueError(f"that of parameter {k} has other names or shapes")
                 state[k] = {name: share_of(params[k], value) for name, value in of_p.items()}
             opt.load_state_dict(opt.state_dict() | {"state": state})

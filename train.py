@@ -159,25 +159,26 @@ if fsdp and "RANK" not in os.environ:
 
 
 # What becomes of stdout where its reader has gone, or its disk is full.
-UNWRITTEN = ("EPIPE", "ENOSPC", "EDQUOT", "EFBIG", "EIO")
+UNWRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """One line in place of a traceback where the cause is none of this program's."""
-    reason, resume = printable(str(error).partition("\n")[0]), ""
+    reason, resume = str(error).partition("\n")[0], ""
     if ddp and (issubclass(kind, dist.DistError) or "gloo" in reason):
         what = f"process {rank} has lost another one"
-    elif isinstance(error, OSError) and errno.errorcode.get(error.errno) in UNWRITTEN:
+    elif isinstance(error, OSError) and error.errno in UNWRITTEN:
         what = "its output cannot be written"
     elif lacks_memory(error):
         what = "not enough memory; lower --batch_size or --block_size"
     else:
         return sys.__excepthook__(kind, error, trace)
-    with suppress(OSError):
+    try:
         if "iter_num" in globals() and Path(out_dir, "ckpt.pt").exists():  # it trained
             resume = f"; --init_from=resume goes on from {out_dir}/ckpt.pt"
-        print(f"train.py: {what}{resume} ({reason})", file=sys.stderr, flush=True)
-    os._exit(1)  # a usual exit would wait for the others, or write once more
+        fail(f"{what}{resume} ({reason})")
+    finally:
+        os._exit(1)  # a usual exit would wait for the others, or write once more
 
 
 # The device, and under torchrun the processes: each takes its share of the micro-batches.

@@ -6,7 +6,6 @@
 Backgrounds are transparent and the colours of a middle lightness, to be read on light and dark.
 """
 
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -41,10 +40,7 @@ def spread(rows: list[dict]) -> float:
 
 def curve() -> None:
     """Loss against active parameters: learned dropout, top-k experts, smaller dense models."""
-    found = runs("curve")
-    for name, rows in runs("experts").items():
-        if re.fullmatch(r"entropy_weight=(0.2|1.0) l1_weight=.*|entropy_weight=1.0", name):
-            found[name] = rows
+    found = runs("curve") | runs("experts")  # of the latter those with an entropy penalty
     kinds = {
         "learned dropout, l1_weight swept": (BLUE, "o-", "l1_weight="),
         "learned dropout with an entropy penalty": (BLUE, "P", "entropy_weight="),
