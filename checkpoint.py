@@ -19,6 +19,9 @@ import torch
 
 from model import ModelConfig, ParallelEncoderDecoder
 
+FORMAT = 2  # of a checkpoint; format 1 is of a model with other equations
+LAST_COMMIT_OF_FORMAT_1 = "fd66022"
+
 # What train.py saves beside the model, to go on from.
 ENTRIES = {
     "optimizers": list,
@@ -78,14 +81,18 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
     try:
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
+        version = checkpoint.get("format", 1 if "tokenizer" in checkpoint else None)
+        if version == 1:
+            raise ValueError(f"it has format 1, which commit {LAST_COMMIT_OF_FORMAT_1} reads")
+        if version != FORMAT:
+            raise ValueError(f"its format is {version!r}: must be {FORMAT}")
         for name, kind in ENTRIES.items():
             value = checkpoint.get(name, kind())
             if type(value) is not kind or (kind in (int, float) and not value >= 0):
                 raise ValueError(f"its {name} is {value!r:.100}")
         args, weights = checkpoint["model_args"], checkpoint.pop("model")
-        if odd := sorted({field.name for field in fields(ModelConfig)} ^ args.keys()):
-            what = "have an unknown" if odd[0] in args else "lack"
-            raise ValueError(f"its model_args {what} {odd[0]!r}")
+        if unknown := sorted(args.keys() - {field.name for field in fields(ModelConfig)}):
+            raise ValueError(f"its model_args have an unknown {unknown[0]!r}")
         config = ModelConfig(**args)
         if config.n_layer > len(weights):
             raise ValueError(f"n_layer={config.n_layer}: it has not as many weights")

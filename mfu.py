@@ -20,7 +20,7 @@ def estimate_mfu(
     C, T = model.config.n_embd, model.config.block_size
     attentions = sum(isinstance(m, Attention) for m in model.modules())  # routers are small
     flops = (6 * model.num_params() + 12 * attentions * C * T) * T * fwdbwd_per_iter
-    return flops / dt / (peak_flops or gemm_peak(str(model.pos_emb.weight.device)))
+    return flops / dt / (peak_flops or gemm_peak(str(model.tok_emb.weight.device)))
 
 
 @cache

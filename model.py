@@ -1,20 +1,27 @@
 """A language model of two stacks that advance side by side: the parallel encoder-decoder.
 
 The encoder understands the text read so far, the decoder predicts the next token. Both are causal
-and read the same tokens; layer l of the decoder attends to layer l of the encoder:
+and read the same tokens. Layer l of the decoder attends to e_l, what layer l of the encoder made:
 
-    for each layer:   e = e + attention(e)            d = d + attention(d)
+    for each layer:   e = e + attention(e)            d = d + attention(d)         optional
                       e = e + feed-forward(e)  ---->  d = d + cross-attention(d, e)
                                                       d = d + feed-forward(d)
 
-In shapes B is the batch, T the time, C `n_embd`, V `vocab_size`, L `n_layer`, G `n_expert`. This
-file needs torch and the standard library only.
+Notable:
+- Encoder layer l + 1 and decoder layer l need nothing from each other: L + 1 steps, not 2 L.
+- Without decoder self-attention no later token reads a state of the decoder. Then a prompt costs
+  the encoder alone, and only the encoder has keys and values.
+- Experts: a learned mask switches groups of hidden units off, per token ("learned dropout").
+
+Shapes: B batch, T time, C `n_embd`, V `vocab_size`, L `n_layer`, G `n_expert`, H heads of width D.
+Where T queries meet S keys, they are those of the last T tokens. This file needs torch alone.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,61 +30,64 @@ from torch.nn import functional as F
 
 @dataclass
 class ModelConfig:
-    """Everything that shapes the model; ValueError for a value that is not allowed. `decoder_only`
-    reads none of the fields from `cross_first` to `encoder_loss_weight`."""
+    """What shapes the model; ValueError for a bad value. `arch="decoder_only"` ignores lateral,
+    decoder_self_attention, shared_kv and router_input."""
 
-    arch: Literal["parallel", "decoder_only"] = "parallel"  # the latter: a plain GPT, the baseline
+    # size
+    arch: str = "parallel"  # or decoder_only, a plain GPT
     block_size: int = 256  # the longest text that the model reads at once, in tokens
     vocab_size: int = 50257  # GPT-2's BPE; 65 for the characters of tinyshakespeare
     n_layer: int = 6  # L, of each stack
-    n_head: int = 6  # heads of each self-attention
+    n_head: int = 6  # H, heads of each attention
     n_embd: int = 384  # C, the width of both streams
     dropout: float = 0.0
     bias: bool = False  # in every Linear and LayerNorm
-    cross_first: bool = False  # cross-attention before the decoder's self-attention
-    lateral: bool = False  # beside cross-attention, d = d + W_lat LN(e): this very token
-    decoder_self_attention: bool = True  # False: the decoder reads the past only through e
-    n_cross_head: int = 0  # heads of the cross-attention; 0: n_head
-    encoder_loss: Literal["none", "mse", "cosine", "log_cosine"] = "none"  # LN(e_L) to what is read
-    encoder_loss_weight: float = 1.0
-    next_position: Literal["none", "add", "subtract"] = "none"  # pos_emb[t + 1] to d_0, from output
-
+    # embeddings and stacks
+    position_embedding: str = "learned"  # or rotary: RoPE, arXiv:2104.09864
+    qk_norm: bool = False  # RMS-normalise the queries and keys of each head
+    token_shift: bool = False  # add s * the embedding of the token before; s (C,) is learned
+    lateral: bool = False  # d = d + (e_l - e_{l-1}): the decoder runs on top of the encoder
+    decoder_self_attention: bool = True  # False: the decoder reads the past through e alone
+    shared_kv: bool = False  # one set of keys and values of each e_l, for both stacks
+    # learned dropout
     n_expert: int = 0  # G, experts in each feed-forward block; 0: no learned dropout
-    expert_site: Literal["hidden", "output"] = "hidden"  # the mask is on 4 C hidden units, or on C
-    router_input: Literal["hidden", "embedding"] = "hidden"  # the block's; or E, for all blocks
+    expert_site: str = "hidden"  # mask the 4 C hidden units; or output: the C outputs of a block
+    router_input: str = (
+        "hidden"  # what the block reads; or encoder: the decoder's routers read LN(e)
+    )
     router_n_head: int = 1
-    router_head_dim: int = 16  # size of a head's queries and keys; its values have G / heads
-    router_detach: bool = False  # no gradient from the router to its input
+    router_head_dim: int = 16  # of queries and keys; values have G / router_n_head
     shift_init: float = 0.0  # 0: all experts on at the start; pi: all off
-    rounding: Literal["stochastic", "sigmoid", "none"] = "stochastic"  # of the mask, in training
-    rounding_scale: float = 60.0  # of rounding="sigmoid"
-    l1_norm: Literal["linear", "squared"] = "linear"  # mean of m, of m^2 / 2
+    l1_norm: str = "linear"  # mean of m; or squared: of m^2 / 2
     entropy_weight: float = 0.0  # lambda_H
     l1_weight: float = 0.0  # lambda_1
-    penalty_schedule: Literal["constant", "linear", "exponential"] = "constant"  # of both weights
-    penalty_iters: int = 1000  # iterations until they have their full value
 
     def __post_init__(self):
         for field in fields(self):
-            name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
-            if field.type is float and type(value) is int:
+            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            if kind is float and type(value) is int:
                 setattr(self, name, float(value))
-            elif choices:
-                self._require(name, value in choices, f"one of {', '.join(choices)}")
-            else:
-                self._require(name, type(value) is field.type, f"of type {field.type.__name__}")
-        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        for name in (*sizes, "router_n_head", "router_head_dim", "penalty_iters"):
+            elif kind in (str, bool, int, float):
+                self._require(name, type(value) is kind, f"of type {kind.__name__}")
+        for name, choices in {
+            "arch": ("parallel", "decoder_only"),
+            "position_embedding": ("learned", "rotary"),
+            "expert_site": ("hidden", "output"),
+            "router_input": ("hidden", "encoder"),
+            "l1_norm": ("linear", "squared"),
+        }.items():
+            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        sizes = "block_size vocab_size n_layer n_head n_embd router_n_head router_head_dim"
+        for name in sizes.split():
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("encoder_loss_weight", "rounding_scale", "entropy_weight", "l1_weight"):
+        for name in ("entropy_weight", "l1_weight"):
             self._require(name, 0.0 <= getattr(self, name) < math.inf, "finite and not negative")
-        C, G, cross, site = self.n_embd, self.n_expert, self.n_cross_head, self.expert_site
+        C, H, G, site = self.n_embd, self.n_head, self.n_expert, self.expert_site
         units = 4 * C if site == "hidden" else C
+        of, pairs = ("n_embd / 2", C / 2) if self.position_embedding == "rotary" else ("n_embd", C)
+        self._require("n_head", pairs % H == 0, f"a divisor of {of} = {pairs:g}")
         self._require("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)")
         self._require("shift_init", 0.0 <= self.shift_init <= math.pi, "in [0, pi]")
-        self._require("n_head", C % self.n_head == 0, f"a divisor of n_embd={C}")
-        ok = cross == 0 or (cross > 0 and C % cross == 0)
-        self._require("n_cross_head", ok, f"0 (as n_head), or a divisor of n_embd={C}")
         ok = G == 0 or (G > 0 and units % G == 0)
         self._require("n_expert", ok, f"0, or a divisor of the {units} {site} units")
         self._require("router_n_head", G % self.router_n_head == 0, f"a divisor of n_expert={G}")
@@ -85,12 +95,6 @@ class ModelConfig:
     def _require(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
             raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
-
-    def penalty_growth(self, it: float) -> float:
-        """The share, 0 to 1, of their full weight that the penalties have at iteration `it`."""
-        s = min(1.0, it / self.penalty_iters)
-        growth = {"constant": 1.0, "linear": s, "exponential": math.expm1(5 * s) / math.expm1(5)}
-        return growth[self.penalty_schedule]
 
 
 class ModelOutput(NamedTuple):
@@ -102,185 +106,284 @@ class ModelOutput(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Which experts exist, per token: of a block (B, T, G), of all of them (L, stacks, B, T, G)."""
+    """Which experts exist, per token: (B, T, G) of one block, (L, stacks, B, T, G) of all."""
 
-    m: Tensor  # as learned, in [0, 1]
-    r: Tensor  # as used, rounded
-
-
-class Cache:
-    """Keys and values of the `length` tokens read so far, of every attention, to generate `batch`
-    texts. Each buffer (batch, block_size, D) is allocated once, then written in place. With length
-    0 new texts start; one row then serves all of them."""
-
-    def __init__(self, batch: int, block_size: int):
-        self.batch, self.block_size, self.length = batch, block_size, 0
-        self.buffers: dict[Any, Tensor] = {}
+    learned: Tensor  # m, in [0, 1]
+    used: Tensor  # r, rounded to 0 or 1
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
-    """Causal multi-head attention; q (B, T, Dk), k (B, S, Dk) and v (B, S, Dv) to (B, T, Dv).
-    The T queries are those of all S tokens, or of the last one alone."""
-    q, k, v = (t.view(*t.shape[:2], n_head, -1).transpose(1, 2) for t in (q, k, v))
-    causal = q.size(2) > 1  # the last token may look at all
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+WithMask = tuple[Tensor, Mask | None]  # of a block and of a layer; None without experts
+
+# Keys and values (B, H, S, D), and which are seen: a mask (T, S), or None for the usual causal one.
+KV = tuple[Tensor, Tensor, Tensor | None]
+
+
+def attend(q: Tensor, kv: KV, dropout: float = 0.0, one_each: bool = True) -> Tensor:
+    """Causal multi-head attention of q (B, H, T, D) to kv: (B, T, H D). The queries are of the last
+    T tokens, one each; or, with one_each=False, all of the newest token, which may see all."""
+    (k, v, mask), T, S = kv, q.size(2), kv[0].size(2)
+    causal = one_each and mask is None and T > 1
+    if causal and T != S:  # several tokens behind a cache
+        mask, causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T), False
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=bool(causal))
     return y.transpose(1, 2).flatten(2)
 
 
-class Projections(nn.Linear):
-    """Queries, where asked for, keys and values as one matrix product: x (B, T, C) to a tensor
-    (B, T, n) for each n of `sizes`. With a cache the keys and values are those of all S tokens."""
+def heads(x: Tensor, n_head: int, qk_norm: bool = False, rotation: Tensor | None = None) -> Tensor:
+    """x (B, T, H D) as (B, H, T, D); queries and keys also normalised and, by RoPE, rotated: each
+    pair (x_i, x_{i + D/2}) by an angle. `rotation` (2, S, D / 2) has the cosines and sines of S
+    positions, of which x has the last T."""
+    x = x.view(x.size(0), x.size(1), n_head, -1).transpose(1, 2)
+    x = F.rms_norm(x, x.shape[-1:]) if qk_norm else x
+    if rotation is None:
+        return x
+    (cos, sin), (a, b) = rotation[:, -x.size(2) :], x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
-    def __init__(self, n_embd: int, sizes: Sequence[int], bias: bool):
-        super().__init__(n_embd, sum(sizes), bias=bias)
-        self.sizes = tuple(sizes)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, ...]:
-        y = F.linear(x, self.weight, self.bias)
-        if cache is None:
-            return torch.split_with_sizes(y, self.sizes, dim=-1)
-        *queries, keys, values = self.sizes
-        q, new = torch.split_with_sizes(y, (sum(queries), keys + values), dim=-1)
-        if self not in cache.buffers:
-            cache.buffers[self] = new.new_empty(cache.batch, cache.block_size, keys + values)
-        buffer, end = cache.buffers[self], cache.length + x.size(1)
-        buffer[:, cache.length : end] = new
-        k, v = (new if cache.length == 0 else buffer[:, :end]).split((keys, values), dim=-1)
-        return (q, k, v) if queries else (k, v)
+def stacked(n_in: int, sizes: tuple[int, ...], bias: bool) -> nn.Linear:
+    """Several matrices of one input as one Linear. Muon takes them apart, by their rows `sizes`."""
+    linear = nn.Linear(n_in, sum(sizes), bias=bias)
+    linear.sizes = sizes
+    return linear
+
+
+class Cache:
+    """Keys and values of the `length` tokens read so far, for every module that has a `kv_shape`:
+    buffers for `batch` texts of `size` tokens, allocated here and written in place."""
+
+    def __init__(self, model: nn.Module, batch: int, size: int):
+        self.batch, self.size, self.buffers = batch, size, {}
+        self.length: int | Tensor = 0  # 0 starts new texts; in a compiled step a 0-dim tensor
+        weight = next(model.parameters())
+        self.newest = weight.new_zeros(batch, 1, dtype=torch.long)  # token read, for token_shift
+        for module in model.modules():
+            if hasattr(module, "kv_shape"):
+                n_head, *widths = module.kv_shape
+                self.buffers[module] = [weight.new_zeros(batch, n_head, size, w) for w in widths]
+
+    def update(self, module: nn.Module, k: Tensor, v: Tensor) -> KV:
+        """Takes keys and values of T new tokens, gives those of all. In a compiled step no shape
+        may depend on the length: there it gives the whole buffers, and a mask."""
+        (K, V), start, T = self.buffers[module], self.length, k.size(2)
+        if isinstance(start, Tensor):
+            positions = start + torch.arange(T, device=k.device)
+            K.index_copy_(2, positions, k.to(K.dtype))
+            V.index_copy_(2, positions, v.to(V.dtype))
+            return K, V, torch.arange(self.size, device=k.device) <= positions[:, None]
+        K[:, :, start : start + T], V[:, :, start : start + T] = k, v
+        return K[: len(k), :, : start + T], V[: len(k), :, : start + T], None
+
+
+class Context(NamedTuple):
+    """What a pass through the layers carries beside the streams."""
+
+    rotation: Tensor | None = None  # of `heads`, with rotary positions
+    cache: Cache | None = None
+    last: bool = False  # of this layer's result only the last position will be read
+
+    def update(self, module: nn.Module, k: Tensor, v: Tensor) -> KV:
+        return (k, v, None) if self.cache is None else self.cache.update(module, k, v)
+
+
+class KeyValueProjection(nn.Module):
+    """The keys and values of a normalised stream x (B, T, C); with a cache, of all S tokens."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, H, self.qk_norm = config.n_embd, config.n_head, config.qk_norm
+        self.linear = stacked(C, (C, C), config.bias)
+        self.kv_shape = H, C // H, C // H  # heads; widths of a key and of a value
+
+    def forward(self, x: Tensor, context: Context) -> KV:
+        (k, v), H = self.linear(x).chunk(2, dim=-1), self.kv_shape[0]
+        return context.update(self, heads(k, H, self.qk_norm, context.rotation), heads(v, H))
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention: x (B, T, C) attends to `memory` (B, T, C), or to itself."""
+    """Multi-head attention: queries of x (B, T, C); keys and values are given, or its own, of x."""
 
-    def __init__(self, config: ModelConfig, n_head: int, cross: bool = False):
+    def __init__(self, config: ModelConfig, own_key_value: bool):
         super().__init__()
-        C, bias, self.n_head = config.n_embd, config.bias, n_head
-        if cross:
-            self.query = nn.Linear(C, C, bias=bias)
-            self.key_value = Projections(C, (C, C), bias)
-        else:
-            self.query_key_value = Projections(C, (C, C, C), bias)
-        self.proj = nn.Linear(C, C, bias=bias)
+        C, self.n_head, self.qk_norm = config.n_embd, config.n_head, config.qk_norm
+        self.query = nn.Linear(C, C, bias=config.bias)
+        self.key_value = KeyValueProjection(config) if own_key_value else None
+        self.proj = nn.Linear(C, C, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, memory: Tensor | None, cache: Cache | None = None) -> Tensor:
-        if memory is None:
-            q, k, v = self.query_key_value(x, cache)
-        else:
-            q, (k, v) = self.query(x), self.key_value(memory, cache)
-        y = attend(q, k, v, self.n_head, self.dropout.p if self.training else 0.0)
+    def forward(self, x: Tensor, kv: KV | None, context: Context, last: bool = False) -> Tensor:
+        """(B, T, C); with `last` (B, 1, C), of the last query alone."""
+        kv = self.key_value(x, context) if kv is None else kv
+        q = self.queries(x[:, -1:] if last else x, context)
+        return self.output(attend(q, kv, self.dropout.p if self.training else 0.0))
+
+    def queries(self, x: Tensor, context: Context) -> Tensor:
+        return heads(self.query(x), self.n_head, self.qk_norm, context.rotation)
+
+    def output(self, y: Tensor) -> Tensor:
         return self.dropout(self.proj(y))
 
 
 class Router(nn.Module):
-    """The masks of `n_block` feed-forward blocks: x (B, T, C) to m (B, T, n_block G), in [0, 1].
-    A = causal attention over x, m = 0.5 cos(A + shift) + 0.5: "Learned dropout" in the README."""
-
-    def __init__(self, config: ModelConfig, n_block: int = 1):
-        super().__init__()
-        self.config = config
-        keys, values = config.router_n_head * config.router_head_dim, n_block * config.n_expert
-        self.query_key_value = Projections(config.n_embd, (keys, keys, values), config.bias)
-        self.shift = nn.Parameter(torch.full((values,), config.shift_init))
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        x = x.detach() if self.config.router_detach else x
-        A = attend(*self.query_key_value(x, cache), self.config.router_n_head)
-        return 0.5 * torch.cos(A + self.shift) + 0.5
-
-
-class FeedForward(nn.Module):
-    """W2 (GELU(W1 x) * r), or for the site `output` W2 GELU(W1 x) * r, (B, T, C) to (B, T, C), and
-    the Mask, None without experts. Where one router reads E for all blocks, it gives m."""
+    """m = 0.5 cos(A + shift) + 0.5, with A a causal attention over x (B, S, C); r is m rounded."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        self.w1 = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.w2 = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-        own_router = config.n_expert > 0 and config.router_input == "hidden"
-        self.router = Router(config) if own_router else None
+        H, keys, G = config.router_n_head, config.router_head_dim, config.n_expert
+        self.query_key_value = stacked(config.n_embd, (H * keys, H * keys, G), config.bias)
+        self.shift = nn.Parameter(torch.full((G,), config.shift_init))
+        self.kv_shape = H, keys, G // H
 
-    def forward(self, x: Tensor, m: Tensor | None = None, cache: Cache | None = None) -> tuple:
-        m = m if self.router is None else self.router(x, cache)
-        hidden = F.gelu(self.w1(x))
-        if m is None:
-            return self.dropout(self.w2(hidden)), None
-        r = round_mask(m, self.config.rounding, self.config.rounding_scale, self.training)
-        masks_hidden = self.config.expert_site == "hidden"
-        y = self.w2(apply_mask(hidden, r)) if masks_hidden else apply_mask(self.w2(hidden), r)
-        return self.dropout(y), Mask(m, r)
+    def forward(self, x: Tensor, T: int, context: Context) -> Mask:
+        """The Mask (B, T, G) of the last T tokens of x."""
+        q, k, v = self.query_key_value(x).split(self.query_key_value.sizes, dim=-1)
+        q, k, v = (heads(y, self.kv_shape[0]) for y in (q[:, -T:], k, v))
+        m = 0.5 * torch.cos(attend(q, context.update(self, k, v)) + self.shift) + 0.5
+        return Mask(m, round_mask(m, self.training))
+
+
+class FeedForward(nn.Module):
+    """W2 (GELU(W1 x) * r), or at the site `output` (W2 GELU(W1 x)) * r; without experts r is 1.
+    See "Learned dropout" in the README."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, self.site, self.router_input = config.n_embd, config.expert_site, config.router_input
+        self.w1 = nn.Linear(C, 4 * C, bias=config.bias)
+        self.w2 = nn.Linear(4 * C, C, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.router = Router(config) if config.n_expert > 0 else None
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        context: Context = Context(),  # noqa: B008
+    ) -> WithMask:
+        """x (B, T, C) to (B, T, C). The router reads x, at the site `output` what is masked; with
+        router_input="encoder" that of a decoder layer reads `memory` (B, S, C)."""
+        if self.router is None:
+            return self.dropout(self.w2(F.gelu(self.w1(x)))), None
+        read = memory if self.router_input == "encoder" else None
+        if self.site == "output":
+            y = self.w2(F.gelu(self.w1(x)))
+            mask = self.router(y if read is None else read, x.size(1), context)
+            return self.dropout(apply_mask(y, mask.used)), mask
+        read, x = x if read is None else read, x[:, -1:] if context.last else x
+        mask = self.router(read, x.size(1), context)
+        if self.skips(mask.used):
+            return self.skip_experts(x, mask.used), mask
+        return self.dropout(self.w2(apply_mask(F.gelu(self.w1(x)), mask.used))), mask
+
+    def skips(self, r: Tensor) -> bool:
+        """Whether skipping experts is faster, as measured on a CPU: if they are large, or tokens
+        many, and at most half of them on. (grouped_mm wants rows of a multiple of 16 bytes.)"""
+        if r.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        G, (units, C), dtype = r.size(-1), self.w1.weight.shape, self.w1.weight.dtype
+        each = 2 * units * C // G  # weights of an expert
+        large = each >= 2**17 or each * r.numel() // G >= 2**23
+        fits = dtype == torch.float32 and C % 4 == 0 and units // G % 4 == 0
+        return large and fits and 2 * int(r.sum()) <= r.numel()
+
+    def skip_experts(self, x: Tensor, r: Tensor) -> Tensor:
+        """W2 (GELU(W1 x) * r), each expert for its tokens alone; one that is off is not read."""
+        G, shape, x = r.size(-1), x.shape, x.flatten(0, 1)
+        w1, w2 = self.w1.weight.unflatten(0, (G, -1)), self.w2.weight.unflatten(1, (G, -1))
+        expert, token = r.flatten(0, 1).mT.nonzero(as_tuple=True)  # in the order of experts
+        ends = torch.bincount(expert, minlength=G).cumsum(0, dtype=torch.int32)
+        hidden = F.grouped_mm(x[token], w1.mT, offs=ends)
+        if self.w1.bias is not None:
+            hidden = hidden + self.w1.bias.view(G, -1)[expert]
+        y = F.grouped_mm(F.gelu(hidden), w2.permute(1, 2, 0), offs=ends)
+        out = torch.zeros_like(x) if self.w2.bias is None else self.w2.bias.repeat(len(x), 1)
+        return out.index_add_(0, token, y).view(shape)
 
 
 def apply_mask(x: Tensor, r: Tensor) -> Tensor:
-    """x (B, T, D) times r (B, T, G), each mask value on its group of D / G neighbours."""
-    return (x.view(*r.shape, -1) * r.to(x.dtype).unsqueeze(-1)).flatten(-2)
+    """x (B, T, N) times r (B, T, G), each mask value on its group of N / G neighbours."""
+    return (x.view(*r.shape, -1) * r.to(x.dtype).unsqueeze(-1)).view(x.shape)
 
 
-def round_mask(m: Tensor, rounding: str, scale: float, training: bool) -> Tensor:
-    """The mask as used: in evaluation [m >= 0.5]. In training Bernoulli(m) for `stochastic`, with
-    the gradient dr/dm = 1; sigmoid(scale (m - 0.5)) for `sigmoid`; m itself for `none`."""
+def round_mask(m: Tensor, training: bool) -> Tensor:
+    """r: in training Bernoulli(m), with the gradient dr/dm = 1; in evaluation [m >= 0.5]."""
     if not training:
         return (m >= 0.5).to(m.dtype)
-    if rounding == "none":
-        return m
-    if rounding == "sigmoid":
-        return torch.sigmoid(scale * (m - 0.5))
-    drawn = (torch.rand_like(m) < m).to(m.dtype)  # Bernoulli(m)
-    return drawn + (m - m.detach())  # the bracket is exactly 0, its slope is 1
+    return (torch.rand_like(m) < m).to(m.dtype) + (m - m.detach())  # the bracket is exactly 0
 
 
 def entropy(m: Tensor) -> Tensor:
-    """-m log2(m), in bits: 0, with slope 0, at m = 0. The true slope there is infinite, but it
-    meets dm/dA = 0, and their product has the limit 0."""
+    """-m log2(m); 0 with slope 0 at m = 0, where the true slope, infinite, meets dm/dA = 0."""
     return -m * torch.log2(torch.where(m > 0, m, 1.0))
 
 
 def mask_statistics(mask: Mask, l1_norm: str) -> dict[str, Tensor]:
     """Means over batch, time and experts of a Mask (..., B, T, G), each (...)."""
     m, r = mask
-    values = {
-        "entropy": entropy(m),
-        "l1": m if l1_norm == "linear" else m.square() / 2,  # |m| is m
-        "experts_on": (r >= 0.5).to(m.dtype),
-        "near_one": (m > 0.9).to(m.dtype),
-        "near_zero": (m < 0.1).to(m.dtype),
-    }
-    return {name: value.flatten(-3).mean(dim=-1) for name, value in values.items()}
+    l1 = m if l1_norm == "linear" else m.square() / 2  # |m| is m
+    of_m = {"entropy": entropy(m), "l1": l1, "near_one": m > 0.9, "near_zero": m < 0.1}
+    values = of_m | {"experts_on": r >= 0.5}
+    return {name: x.to(m.dtype).flatten(-3).mean(dim=-1) for name, x in values.items()}
 
 
-class Layer(nn.Module):
-    """A layer of the encoder or, with e None, of a GPT: self-attention, feed-forward. With `cross`,
-    of the decoder: also cross-attention to e, the encoder's stream at the same layer."""
+def tail(x: Tensor, like: Tensor) -> Tensor:
+    """The last positions of x (B, S, C), as many as `like` (B, T, C) has."""
+    return x if x.size(1) == like.size(1) else x[:, -like.size(1) :]
 
-    def __init__(self, config: ModelConfig, cross: bool = False):
+
+class EncoderLayer(nn.Module):
+    """Makes e_l of e_{l-1}; also a layer of the plain GPT. With context.last all positions are
+    read, but what no later token reads is computed for the last one alone."""
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        C, bias, self.cross_first = config.n_embd, config.bias, config.cross_first
-        self.attention = self.lateral = None
-        if config.decoder_self_attention or not cross:
-            self.ln_attention = nn.LayerNorm(C, bias=bias)
-            self.attention = Attention(config, config.n_head)
-        if cross:
-            self.ln_memory = nn.LayerNorm(C, bias=bias)
-            self.ln_cross = nn.LayerNorm(C, bias=bias)
-            self.cross_attention = Attention(config, config.n_cross_head or config.n_head, cross)
-            self.lateral = nn.Linear(C, C, bias=bias) if config.lateral else None
+        self.ln_attention = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention = Attention(config, config.arch == "decoder_only" or not config.shared_kv)
+        self.ln_ff = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ff = FeedForward(config)
+
+    def forward(self, e: Tensor, kv: KV | None, context: Context) -> WithMask:
+        last = context.last and self.ff.router is None  # a router reads all positions
+        y = self.attention(self.ln_attention(e), kv, context, last)
+        e = tail(e, y) + y
+        y, mask = self.ff(self.ln_ff(e), None, context)
+        return tail(e, y) + y, mask
+
+
+class DecoderLayer(nn.Module):
+    """Makes d_l of d_{l-1} and of e_l: of `memory`, LN(e_l), and its keys and values kv. d may be
+    shorter than memory: it is of the last positions. context.last is as in EncoderLayer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, bias = config.n_embd, config.bias
+        self.ln_attention = nn.LayerNorm(C, bias=bias) if config.decoder_self_attention else None
+        self.attention = Attention(config, True) if config.decoder_self_attention else None
+        self.ln_cross = nn.LayerNorm(C, bias=bias)
+        self.cross_attention = Attention(config, own_key_value=False)
         self.ln_ff = nn.LayerNorm(C, bias=bias)
         self.ff = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, e: Tensor | None, m: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Mask | None]:
-        for step in ("cross", "self") if self.cross_first else ("self", "cross"):
-            if step == "self" and self.attention is not None:
-                x = x + self.attention(self.ln_attention(x), None, cache)
-            if step == "cross" and e is not None:
-                memory = self.ln_memory(e)
-                x = x + self.cross_attention(self.ln_cross(x), memory, cache)
-                x = x if self.lateral is None else x + self.lateral(memory)
-        y, mask = self.ff(self.ln_ff(x), m, cache)
-        return x + y, mask
+    def forward(self, d: Tensor, memory: Tensor, kv: KV, context: Context) -> WithMask:
+        d = self.self_attention(d, context)
+        d = d + self.cross_attention(self.ln_cross(d), kv, context)
+        y, mask = self.ff(self.ln_ff(d), memory, context)
+        return tail(d, y) + y, mask
+
+    def self_attention(self, d: Tensor, context: Context) -> Tensor:
+        if self.attention is None:
+            return d
+        last = context.last and (self.ff.router is None or self.ff.router_input == "encoder")
+        y = self.attention(self.ln_attention(d), None, context, last)
+        return tail(d, y) + y
+
+
+class Stacks(NamedTuple):
+    """Every state of both streams, each (B, T, C), and the masks of every block."""
+
+    e: list[Tensor]  # e_0 to e_L; empty for decoder_only
+    d: list[Tensor]  # d_0 to d_L
+    masks: list[Mask]  # of e_1, d_1, e_2, d_2, ...; empty without experts
 
 
 class ParallelEncoderDecoder(nn.Module):
@@ -288,179 +391,227 @@ class ParallelEncoderDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.router = config, None
-        C, layers, parallel = config.n_embd, range(config.n_layer), config.arch == "parallel"
+        self.config, L, C, bias = config, config.n_layer, config.n_embd, config.bias
         self.tok_emb = nn.Embedding(config.vocab_size, C)
-        self.pos_emb = nn.Embedding(config.block_size + (config.next_position != "none"), C)
+        if config.position_embedding == "learned":
+            self.pos_emb = nn.Embedding(config.block_size, C)
+        if config.token_shift:
+            self.token_shift = nn.Parameter(torch.zeros(C))
         self.dropout = nn.Dropout(config.dropout)
-        if parallel:
-            self.encoder = nn.ModuleList(Layer(config) for _ in layers)
-            self.w_in = nn.Linear(C, C, bias=config.bias)
-        self.decoder = nn.ModuleList(Layer(config, cross=parallel) for _ in layers)
-        self.ln_out = nn.LayerNorm(C, bias=config.bias)
-        if config.n_expert > 0:
-            if config.router_input == "embedding":
-                self.router = Router(config, config.n_layer * (2 if parallel else 1))
-            weights = torch.tensor([config.entropy_weight, config.l1_weight])  # schedules set them
-            self.register_buffer("penalty_weights", weights, persistent=False)
+        if config.arch == "parallel":
+            if not config.lateral:
+                self.w_in = nn.Linear(C, C, bias=bias)
+            states = [f"e{k}" for k in range(0 if config.shared_kv else 1, L + 1)]
+            self.ln_memory = nn.ModuleDict({e: nn.LayerNorm(C, bias=bias) for e in states})
+            self.key_value = nn.ModuleDict({e: KeyValueProjection(config) for e in states})
+            self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(L))
+        layer = DecoderLayer if config.arch == "parallel" else EncoderLayer
+        self.decoder = nn.ModuleList(layer(config) for _ in range(L))
+        routes_d = config.n_expert > 0 and config.router_input == "hidden"
+        self.past_of_d_is_read = config.decoder_self_attention or routes_d
+        self.ln_out = nn.LayerNorm(C, bias=bias)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialises all but LayerNorms, which start at 1, and a Router's shift, which is set."""
-        parallel = self.config.arch == "parallel"
+        """N(0, 0.02) for the weights of each Linear; over sqrt(n) where a residual stream adds up n
+        outputs, as in GPT-2. Biases 0. LayerNorms and a router's shift stay as they were made."""
+        c = self.config
+        in_decoder = 2 if c.arch == "decoder_only" else 2 + c.decoder_self_attention + 2 * c.lateral
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.3)  # learns faster than 0.02 and 0.1, measured
-            elif isinstance(module, nn.Linear):
-                n = 1  # N(0, 0.02) as GPT-2, over sqrt(n) where n outputs or fewer add up
-                if name.endswith(("proj", "w2", "lateral")):
-                    n = self.config.n_layer * (4 if parallel and name.startswith("decoder") else 2)
+            if isinstance(module, nn.Linear):
+                n = c.n_layer * (in_decoder if name.startswith("decoder") else 2)
+                n = n if name.endswith(("proj", "w2")) else 1
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(n))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if self.config.next_position == "subtract":
-            nn.init.normal_(self.pos_emb.weight, std=0.03)  # the loss starts at ln V: here, and
-        nn.init.constant_(self.ln_out.weight, 0.03)  # here, as logits start near 0
-        if parallel:
-            nn.init.eye_(self.w_in.weight)  # both stacks start from E; learns faster, measured
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.3)  # learns faster than 0.02, measured
+        nn.init.constant_(self.ln_out.weight, 0.03)  # logits near 0: the loss starts at ln V
+        if hasattr(self, "w_in"):
+            nn.init.eye_(self.w_in.weight)  # both streams start from E; learns faster, measured
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+        self, idx: Tensor, targets: Tensor | None = None, penalty_scale: float | Tensor = 1.0
     ) -> ModelOutput:
-        """Reads idx (B, T), T ≤ block_size; targets (B, T) are token ids, -1 where not counted.
-        Behind the tokens of a cache idx is (B, 1). ValueError for shapes that do not fit."""
-        self._check(idx, cache)
-        if targets is not None and (targets.shape != idx.shape or cache is not None):
-            raise ValueError(f"targets has the shape {tuple(targets.shape)}: not idx's, or a cache")
-        past = 0 if cache is None else cache.length
-        emb, e, d, mask = self.stacks(idx, cache)
-        out = self.ln_out(d)
-        if self.config.next_position == "subtract":
-            out = out - self.pos_emb.weight[past + 1 : past + idx.size(1) + 1]
+        """Reads idx (B, T), T <= block_size; targets (B, T) are token ids, negative where they do
+        not count. loss = cross-entropy + penalty_scale (lambda_H H(m) + lambda_1 L1(m))."""
         if targets is None:
-            return ModelOutput(F.linear(out[:, -1:], self.tok_emb.weight), None, {})
-        logits = F.linear(out, self.tok_emb.weight)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return ModelOutput(self.step(idx), None, {})
+        self._check(idx)
+        if targets.shape != idx.shape:
+            raise ValueError(
+                f"targets is {tuple(targets.shape)}, idx {tuple(idx.shape)}: must be alike"
+            )
+        _, d, masks = self.stacks(idx)
+        logits = F.linear(self.ln_out(d[-1]), self.tok_emb.weight)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten().clamp_min(-1), ignore_index=-1
+        )
         metrics = {"cross_entropy": loss.detach()}
-        if mask is not None:
-            mean = {k: v.mean() for k, v in mask_statistics(mask, self.config.l1_norm).items()}
-            loss = loss + (self.penalty_weights * torch.stack([mean["entropy"], mean["l1"]])).sum()
-            metrics |= {k: v.detach() for k, v in mean.items()}
-        if e is not None and self.config.encoder_loss != "none":
-            memory = self.decoder[-1].ln_memory(e)
-            encoder_loss = encoder_loss_of(self.config.encoder_loss, memory, emb)
-            loss = loss + self.config.encoder_loss_weight * encoder_loss
-            metrics["encoder_loss"] = encoder_loss.detach()
+        if masks:
+            c, every = self.config, Mask(*map(torch.stack, zip(*masks, strict=True)))
+            mean = {name: x.mean() for name, x in mask_statistics(every, c.l1_norm).items()}
+            penalty = c.entropy_weight * mean["entropy"] + c.l1_weight * mean["l1"]
+            loss = loss + penalty_scale * penalty
+            metrics |= {name: x.detach() for name, x in mean.items()}
         return ModelOutput(logits, loss, metrics)
 
-    def stacks(
-        self, idx: Tensor, cache: Cache | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Mask | None]:
-        """E, e_L and d_L of idx (B, T), each (B, T, C), and the masks (L, stacks, B, T, G), the
-        encoder's first; None for what there is not, as masks with a cache, which takes in idx."""
-        parallel, past = self.config.arch == "parallel", 0 if cache is None else cache.length
-        end = past + idx.size(1)
-        emb = self.dropout(self.tok_emb(idx) + self.pos_emb.weight[past:end])
-        e, d = (emb, self.w_in(emb)) if parallel else (None, emb)
-        if self.config.next_position == "add":
-            d = d + self.pos_emb.weight[past + 1 : end + 1]
-        given, masks = iter(()), []  # given: by the router that reads E
-        if self.router is not None:
-            given = iter(self.router(emb, cache).split(self.config.n_expert, dim=-1))
-        for k, layer in enumerate(self.decoder):
-            if parallel:
-                e, mask = self.encoder[k](e, None, next(given, None), cache)
-                masks.append(mask)
-            d, mask = layer(d, e, next(given, None), cache)
-            masks.append(mask)
+    def step(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """The logits (B, 1, V) of what follows idx (B, T), which is read behind what is cached."""
+        self._check(idx, cache)
+        d = self.stacks(idx, cache, last=True).d[-1]
+        return F.linear(self.ln_out(d[:, -1:]), self.tok_emb.weight)
+
+    def stacks(self, idx: Tensor, cache: Cache | None = None, last: bool = False) -> Stacks:
+        """Both streams of idx (B, T), layer by layer; with `last` what the last logits need."""
+        c, L = self.config, self.config.n_layer
+        x, rotation = self.embed(idx, cache)
+        usual, final = Context(rotation, cache), Context(rotation, cache, last)
+        if c.arch == "decoder_only":
+            all_e, d, all_d, masks = [], x, [x], []
+            for layer in self.decoder:
+                d, mask = layer(d, None, final if layer is self.decoder[-1] else usual)
+                all_d, masks = [d] if last else [*all_d, d], [*masks, mask]
+        else:
+            e, d = x, x[:, -1:] if last and not self.past_of_d_is_read else x
+            d = d if c.lateral else self.w_in(d)
+            all_e, all_d, masks, before = [e], [d], [], e
+            for k in range(L + 1):  # e is e_k, d is d_{k-1}
+                if k > 0 or c.shared_kv:
+                    memory = self.ln_memory[f"e{k}"](e)
+                    kv = self.key_value[f"e{k}"](memory, usual)
+                if k > 0 and c.lateral:
+                    d = d + (tail(e, d) - tail(before, d))
+                before = e
+                if 0 < k < L and c.shared_kv and cache is not None and idx.size(1) == 1:
+                    d, e = self._pair(k, d, e, memory, kv, usual)
+                    continue
+                if k > 0:
+                    d, mask = self.decoder[k - 1](d, memory, kv, final if k == L else usual)
+                    all_d, masks = [d] if last else [*all_d, d], [*masks, mask]
+                if k < L:
+                    e, mask = self.encoder[k](e, kv if c.shared_kv else None, usual)
+                    all_e, masks = [e] if last else [*all_e, e], [*masks, mask]
         if cache is not None:
-            cache.length = end
-        if cache is not None or self.config.n_expert == 0:
-            return emb, e, d, None
-        stacked = map(torch.stack, zip(*masks, strict=True))
-        return emb, e, d, Mask(*(x.unflatten(0, (self.config.n_layer, -1)) for x in stacked))
+            cache.length = cache.length + idx.size(1)
+            cache.newest.copy_(idx[:, -1:])
+        return Stacks(all_e, all_d, masks if c.n_expert > 0 else [])
+
+    def _pair(self, k, d, e, memory, kv, context):
+        """Layers k of the decoder and k + 1 of the encoder, for one token: both queries go through
+        one attention, so that the keys and values of e_k are read from memory once."""
+        dec, enc = self.decoder[k - 1], self.encoder[k]
+        d = dec.self_attention(d, context)
+        of_d = dec.cross_attention.queries(dec.ln_cross(d), context)
+        of_e = enc.attention.queries(enc.ln_attention(e), context)
+        y = attend(torch.cat([of_d, of_e], dim=2), kv, one_each=False)
+        d, e = d + dec.cross_attention.output(y[:, :1]), e + enc.attention.output(y[:, 1:])
+        d = d + dec.ff(dec.ln_ff(d), memory, context)[0]
+        return d, e + enc.ff(enc.ln_ff(e), None, context)[0]
+
+    def embed(self, idx: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
+        """E (B, T, C); with rotary positions also the `rotation` of a Context."""
+        x, past = self.tok_emb(idx), 0 if cache is None else cache.length
+        if self.config.token_shift:
+            first = isinstance(past, int) and past == 0  # has no token before it
+            before = torch.zeros_like(x[:, :1]) if first else self.tok_emb(cache.newest)
+            x = x + self.token_shift * torch.cat([before, x], dim=1)[:, :-1]
+        positions = torch.arange(idx.size(1), device=idx.device) + past
+        if self.config.position_embedding == "learned":
+            return self.dropout(x + self.pos_emb(positions)), None
+        D, dtype = x.size(-1) // self.config.n_head, torch.promote_types(x.dtype, torch.float32)
+        pairs = torch.arange(0, D, 2, device=idx.device, dtype=dtype)
+        angles = positions[:, None] * 10_000 ** (-pairs / D)
+        return self.dropout(x), torch.stack([angles.cos(), angles.sin()])
 
     @torch.no_grad()
-    def expert_masks(self, idx: Tensor, rounded: bool = True) -> Tensor:
-        """The masks of idx (B, T) in evaluation: (L, stacks, B, T, G), the encoder's stack first;
-        `rounded=False`: as learned, in [0, 1]. ValueError for a model without experts."""
+    def expert_masks(self, idx: Tensor) -> Mask:
+        """The masks of idx (B, T) in evaluation, each (L, stacks, B, T, G), the encoder's stack
+        first. ValueError for a model without experts."""
         if self.config.n_expert == 0:
             raise ValueError("n_expert=0: this model has no experts")
-        self._check(idx, None)
-        training = self.training
-        try:
-            mask = self.eval().stacks(idx)[-1]
-        finally:
-            self.train(training)
-        return mask.r if rounded else mask.m
+        self._check(idx)
+        with evaluation(self):
+            masks = zip(*self.stacks(idx).masks, strict=True)
+        return Mask(*(torch.stack(m).unflatten(0, (self.config.n_layer, -1)) for m in masks))
 
-    def _check(self, idx: Tensor, cache: Cache | None) -> None:
-        size, fits = self.config.block_size, idx.dim() == 2
-        allowed, past = f"(B, T) with 1 ≤ T ≤ block_size={size}", 0
-        if fits and cache is not None:
-            B, past, size = cache.batch, cache.length, min(size, cache.block_size)
-            allowed = f"({B}, {1 if past else 'T'}) behind the {past} tokens of a cache of {size}"
-            fits = (idx.shape == (B, 1)) if past else (idx.size(0) in (1, B))
-        if not fits or not 1 <= idx.size(1) <= size - past:
-            raise ValueError(f"idx has the shape {tuple(idx.shape)}: must be {allowed}")
+    def _check(self, idx: Tensor, cache: Cache | None = None) -> None:
+        rows, past, size = "B", 0, self.config.block_size
+        if cache is not None and not isinstance(cache.length, Tensor):
+            rows, past, size = cache.batch, cache.length, min(size, cache.size)
+        fits = idx.dim() == 2 and not idx.is_floating_point() and 1 <= idx.size(1) <= size - past
+        if not fits or not (rows in ("B", len(idx)) or (len(idx) == 1 and past == 0)):
+            allowed = (
+                f"token ids ({rows}, T), T from 1 to {size - past} (the block, less the cached)"
+            )
+            raise ValueError(f"idx is {idx.dtype} {tuple(idx.shape)}: must be {allowed}")
 
     def num_params(self) -> int:
         """The number of parameters; the position embedding is not counted, as in nanoGPT."""
-        return sum(p.numel() for p in self.parameters()) - self.pos_emb.weight.numel()
+        return sum(p.numel() for name, p in self.named_parameters() if "pos_emb" not in name)
 
     def generate(self, idx: Tensor, max_new_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
         """Continues idx (B, T) by sampling: (B, T + max_new_tokens). Arguments as in `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **kwargs)], dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def stream(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
         top_p: float | None = None, use_cache: bool = True,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """What `generate` adds to idx, token by token as it comes: (B, 1), max_new_tokens times.
-
-        The window that is read moves by half a block when it is full. The generator, or torch's
-        own, gives max_new_tokens numbers for the first row, then for the next. Without the cache
-        the text is the same. The rest, and ValueErrors, as in `sample_token`."""
+        """What `generate` adds to idx (B, T), as it comes: (B, 1) each. A full window moves by half
+        a block. Each row in turn takes max_new_tokens numbers of the generator, or of torch's."""
+        self._check(idx[..., -self.config.block_size :])
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must not be negative")
-        (B, T), block_size, start = idx.shape, self.config.block_size, -1
+        (B, T), block_size, start, token = idx.shape, self.config.block_size, -1, idx
         device = idx.device if generator is None else generator.device
         draws = [torch.rand(max_new_tokens, generator=generator, device=device) for _ in range(B)]
         draws = torch.stack(draws).to(idx.device)
         text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
-        cache = Cache(B, min(block_size, T + max_new_tokens)) if use_cache else None
-        training = self.training
-        self.eval()
-        try:
-            for end in range(T, T + max_new_tokens):
-                before, start = start, window_start(end, block_size)
-                window = text[:, start:end]
-                if cache is not None and start == before:  # decode: the newest token alone
-                    window = window[:, -1:]
-                elif cache is not None:  # prefill: the prompt, later a window that has moved
-                    cache.length = 0
-                    alike = (window == window[:1]).all()  # then one row stands for all
-                    window = window[:1] if alike else window
-                logits = self(window, cache=cache).logits[:, -1].expand(B, -1)
-                token = sample_token(logits, draws[:, end - T], temperature, top_k, top_p)
-                text[:, end : end + 1] = token
-                yield token
-        finally:
-            self.train(training)
+        cache = Cache(self, B, min(block_size, T + max_new_tokens)) if use_cache else None
+        for end in range(T, T + max_new_tokens):
+            before, start = start, window_start(end, block_size)
+            window = text[:, start:end]
+            if cache is not None and start == before:  # decode: the newest token alone
+                window = token
+            elif cache is not None:  # prefill: the prompt, later a window that has moved
+                cache.length = 0
+                window = window[:1] if (window == window[:1]).all() else window  # one serves all
+            with torch.inference_mode(), evaluation(self):
+                logits = self.step(window, cache)[:, -1].expand(B, -1)
+            token = sample_token(logits, draws[:, end - T], temperature, top_k, top_p)
+            text[:, end : end + 1] = token
+            yield token
 
 
-def encoder_loss_of(kind: str, encoded: Tensor, emb: Tensor) -> Tensor:
-    """How far `encoded`, LN(e_L), is from the running mean over time of LN(E), which is detached.
-    Both (B, T, C), to a scalar: mse, cosine = (1 - cos) / 2, log_cosine = -log((1 + cos) / 2)."""
-    read = F.layer_norm(emb.detach(), emb.shape[-1:])
-    mean_read = read.cumsum(dim=1) / torch.arange(1, emb.size(1) + 1, device=emb.device)[:, None]
-    if kind == "mse":
-        return F.mse_loss(encoded, mean_read)
-    cos = F.cosine_similarity(encoded, mean_read, dim=-1)
-    return ((1 - cos) / 2 if kind == "cosine" else -((1 + cos) / 2).clamp_min(1e-6).log()).mean()
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Inside, a model that is in training is in evaluation."""
+    training = [m for m in model.modules() if m.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def compile_step(model: ParallelEncoderDecoder, **options: Any) -> None:
+    """Has `model.step` compiled, for one token behind a cache; options as in torch.compile."""
+    step, compiled = model.step, torch.compile(model.step, fullgraph=True, dynamic=False, **options)
+
+    def step_or_compiled(idx: Tensor, cache: Cache | None = None) -> Tensor:
+        past = 0 if cache is None else cache.length
+        if idx.size(1) > 1 or (isinstance(past, int) and past == 0):
+            return step(idx, cache)
+        cache.length = torch.as_tensor(past, device=idx.device)
+        return compiled(idx, cache)
+
+    model.step = step_or_compiled
 
 
 def window_start(length: int, block_size: int) -> int:

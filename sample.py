@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import lacks_memory, load_checkpoint
 from config import fail, override, pick_device, printable
-from inference import Inference
+from model import compile_step
 from prepare_shakespeare import Tokenizer
 from view import in_colour, see, write_html
 
@@ -96,11 +96,9 @@ try:
         raise ValueError("start: is empty; give at least one character")
     tokenizer.encode(stop)  # which a vocabulary that lacks a character of it could never write
 
-    reader = model
-    try:
-        reader = Inference(model, compile)
-    except ValueError as error:
-        print(f"sample.py: {error}; drawing by model.py, which takes longer", file=sys.stderr)
+    model.eval()
+    if compile:
+        compile_step(model)
     samples = [Sample(ids) for _ in range(num_samples)]
     as_it_comes = num_samples == 1 and not show_experts
     if as_it_comes:
@@ -110,7 +108,7 @@ try:
     how = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, generator=generator)
     interrupted = False
     try:
-        for tokens in reader.stream(prompt, max_new_tokens, **how):
+        for tokens in model.stream(prompt, max_new_tokens, **how):
             for sample, token in zip(samples, tokens[:, 0].tolist(), strict=True):
                 new = "" if sample.ended else sample.add(token)
                 if as_it_comes:

@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
@@ -35,10 +34,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import lacks_memory, load_checkpoint, write_whole
+from checkpoint import FORMAT, lacks_memory, load_checkpoint, write_whole
 from config import fail, override, pick_device, printable
 from mfu import estimate_mfu
-from model import Layer, Mask, ModelConfig, ParallelEncoderDecoder, mask_statistics
+from model import (
+    DecoderLayer,
+    EncoderLayer,
+    ModelConfig,
+    ParallelEncoderDecoder,
+    mask_statistics,
+)
 from muon import Muon, configure_optimizers, is_sharded, restore
 from prepare_shakespeare import SHAKESPEARE, load_data, prepare
 
@@ -66,28 +71,24 @@ n_head = 6
 n_embd = 384
 dropout = 0.0  # for small data 0.1 to 0.2
 bias = False
-cross_first = False
-lateral = False
+position_embedding = "learned"  # or rotary
+qk_norm = False
+token_shift = False
+lateral = False  # the decoder runs on top of the encoder
 decoder_self_attention = True
-n_cross_head = 0  # 0: n_head
-encoder_loss = "none"  # or mse, cosine, log_cosine
-encoder_loss_weight = 1.0
-next_position = "none"  # or add, subtract
+shared_kv = False  # the encoder's keys and values serve the decoder, too
 # learned dropout: the experts of the feed-forward blocks, more fields of ModelConfig
 n_expert = 0  # experts in each block; 0: no learned dropout
 expert_site = "hidden"  # or output
-router_input = "hidden"  # or embedding
+router_input = "hidden"  # or encoder
 router_n_head = 1
 router_head_dim = 16
-router_detach = False
 shift_init = 0.0  # 0: all experts on at the start; pi: all off
-rounding = "stochastic"  # or sigmoid, none
-rounding_scale = 60.0  # of rounding="sigmoid"
 l1_norm = "linear"  # or squared
 entropy_weight = 0.0  # pushes the masks to 0 or 1
 l1_weight = 0.0  # pushes the experts off
-penalty_schedule = "constant"  # or linear, exponential
-penalty_iters = 1000  # iterations until both weights have their full value
+penalty_schedule = "constant"  # how both weights grow; or linear, exponential
+penalty_iters = 1000  # iterations until they have their full value
 # the optimizer
 optimizer = "muon"  # for the matrices of the layers, AdamW for the rest; or adamw for all
 learning_rate = 3e-3  # of AdamW, the largest; smaller models bear larger ones
@@ -128,6 +129,7 @@ for name, least in {
     "gradient_accumulation_steps": 1,
     "batch_size": 1,
     "max_iters": 0,
+    "penalty_iters": 1,
     "max_seconds": 0.0,
     "learning_rate": 1e-12,
     "min_lr": 0.0,
@@ -144,6 +146,7 @@ for name, allowed in {
     "backend": ("auto", "nccl", "gloo"),
     "optimizer": ("muon", "adamw"),
     "lr_schedule": ("cosine", "linear"),
+    "penalty_schedule": ("constant", "linear", "exponential"),
 }.items():
     if settings[name] not in allowed:
         fail(f"{name}={settings[name]!r}: must be one of {', '.join(allowed)}")
@@ -272,14 +275,12 @@ try:
         from torch.distributed.device_mesh import init_device_mesh  # these take a second
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        # A layer gives on the mask that it got, a view, which nobody changes in place.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         mesh = init_device_mesh(device_type, (world_size,))
-        for module in list(raw_model.modules()):
-            if isinstance(module, Layer):
-                fully_shard(module, mesh=mesh)
-        if raw_model.config.arch == "parallel":  # encoder_loss uses a norm of this layer after it
-            raw_model.decoder[-1].set_reshard_after_forward(False)
+        layers = [m for m in raw_model.modules() if isinstance(m, EncoderLayer | DecoderLayer)]
+        if raw_model.config.arch == "parallel":
+            layers += raw_model.key_value.values()
+        for module in layers:
+            fully_shard(module, mesh=mesh)
         fully_shard(raw_model, mesh=mesh)
         register_fsdp_forward_method(raw_model, "expert_masks")
     for part, tokens in data.items():
@@ -303,8 +304,6 @@ except KeyError as error:
 except (ValueError, RuntimeError) as error:  # the latter: a seed too large, no memory
     fail(str(error).partition("\n")[0])
 has_experts = raw_model.config.n_expert > 0
-if has_experts:
-    full_penalty_weights = raw_model.penalty_weights.clone()
 model = torch.compile(raw_model) if compile else raw_model
 if ddp and not fsdp:
     model = DistributedDataParallel(model, forward_sync_buffers=False)
@@ -371,12 +370,19 @@ def expert_statistics() -> dict[str, list]:
     starts = np.random.default_rng(0).integers(len(data["val"]) - block_size, size=(16, 1))
     idx = torch.from_numpy(data["val"][starts + np.arange(block_size)].astype(np.int64))
     with autocast:
-        m = raw_model.expert_masks(idx.to(device), rounded=False)
-    stats = mask_statistics(Mask(m, m), l1_norm)
-    before, decisions = decisions, m >= 0.5
-    if isinstance(before, torch.Tensor) and before.shape == m.shape:
-        stats["changed"] = (decisions != before.to(m.device)).float().mean(dim=(-3, -2, -1))
+        mask = raw_model.expert_masks(idx.to(device))
+    stats = mask_statistics(mask, raw_model.config.l1_norm)
+    before, decisions = decisions, mask.used > 0.5
+    if isinstance(before, torch.Tensor) and before.shape == decisions.shape:
+        changed = decisions != before.to(decisions.device)
+        stats["changed"] = changed.float().mean(dim=(-3, -2, -1))
     return {name: value.tolist() for name, value in stats.items()}
+
+
+def penalty_weights(it: float) -> dict[str, float]:
+    """The weights of the penalties at iteration `it`."""
+    scale, c = get_penalty_scale(it), raw_model.config
+    return {"entropy_weight": scale * c.entropy_weight, "l1_weight": scale * c.l1_weight}
 
 
 def get_lr(it: float) -> float:
@@ -390,10 +396,18 @@ def get_lr(it: float) -> float:
     return min_lr + left * (learning_rate - min_lr)
 
 
+def get_penalty_scale(it: float) -> float:
+    """The share, 0 to 1, of their full weight that the penalties have at iteration `it`."""
+    share = min(1.0, it / penalty_iters)
+    exponential = math.expm1(5 * share) / math.expm1(5)
+    return {"constant": 1.0, "linear": share, "exponential": exponential}[penalty_schedule]
+
+
 def save_checkpoint(is_best: bool) -> None:
     """Writes out_dir/ckpt.pt. ckpt_best.pt is there where the best one is an older one."""
     global saved_is_best, saved_iter
     checkpoint = {
+        "format": FORMAT,
         "model": gather(raw_model.state_dict()),
         "optimizers": [gather(opt.state_dict()) for opt in optimizers],
         "model_args": asdict(raw_model.config),
@@ -553,7 +567,7 @@ while True:
                 val_loss=losses["val"],
                 lr=get_lr(schedule_iter),
                 seconds=seconds,
-                **(expert_statistics() if has_experts else {}),
+                **(expert_statistics() | penalty_weights(schedule_iter) if has_experts else {}),
             )
             improved = iter_num > 0 and losses["val"] < best_val_loss
             if improved:
@@ -588,16 +602,14 @@ while True:
         largest = muon_learning_rate if isinstance(opt, Muon) else learning_rate
         for group in opt.param_groups:
             group["lr"] = largest * lr / learning_rate
-    if has_experts:
-        growth = raw_model.config.penalty_growth(schedule_iter)
-        raw_model.penalty_weights.copy_(full_penalty_weights).mul_(growth)
+    penalty_scale = torch.tensor(get_penalty_scale(schedule_iter), device=device)
     logged = torch.zeros(2, device=device)  # the loss, and the share of experts on
     for micro_step in range(micro_steps):
         x, y = get_batch("train", 0, iter_num, micro_step * world_size + rank)
         if ddp and not fsdp:  # averages the gradients once, in the last micro-step
             model.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
-            output = model(x, y)
+            output = model(x, y, penalty_scale)
         (output.loss / micro_steps).backward()
         logged[0] += output.metrics["cross_entropy"] / micro_steps
         if has_experts:

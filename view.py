@@ -39,7 +39,7 @@ def see(model: ParallelEncoderDecoder, tokenizer: Tokenizer, text: Tensor) -> Se
     for start in sorted(set(starts)):
         first, last = starts.index(start), length - 1 - starts[::-1].index(start)
         window, new = text[:, start : last + 1], slice(first - start, last + 1 - start)
-        masks = model.expert_masks(window)[:, :, 0, new]  # (L, stacks, T, G)
+        masks = model.expert_masks(window).used[:, :, 0, new]  # (L, stacks, T, G)
         on.append(masks.permute(2, 0, 1, 3).cpu() > 0.5)
         likeliest = all_logits(model, window)[0, new].softmax(dim=-1)
         likeliest = likeliest.topk(min(N_LIKELY, likeliest.size(-1)))

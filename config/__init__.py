@@ -16,6 +16,20 @@ from typing import Any, NoReturn
 
 Settings = dict[str, Any]
 
+# Settings that there were once, and what took their place.
+ABLATION = "it is an ablation now, of experiments/ablations.py"
+RETIRED = {
+    "cross_first": ABLATION,
+    "n_cross_head": ABLATION,
+    "next_position": ABLATION,
+    "router_detach": ABLATION,
+    "rounding": ABLATION,
+    "rounding_scale": ABLATION,
+    "router_input=embedding": ABLATION,
+    "encoder_loss": "the last commit that has it is fd66022",
+    "encoder_loss_weight": "the last commit that has it is fd66022",
+}
+
 
 def settings_of(script_globals: Settings) -> Settings:
     """The settings of a script: its globals in lower case of type int, float, bool or str."""
@@ -116,6 +130,8 @@ def parse(text: str, default: Any) -> Any:
 def require_known(name: Any, defaults: Settings, where: str) -> None:
     """Ends the process where there is no such setting, and names the nearest."""
     if name not in defaults:
+        if name in RETIRED:
+            fail(f"{where}: the setting {name!r} is gone: {RETIRED[name]}")
         near = difflib.get_close_matches(str(name), defaults, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         fail(f"{where}: there is no setting {name!r}{hint} (--help lists all)")
@@ -124,6 +140,8 @@ def require_known(name: Any, defaults: Settings, where: str) -> None:
 def check(name: Any, value: Any, defaults: Settings, where: str) -> Any:
     """The value, in the type that the setting `name` has; ends the process where it cannot be."""
     require_known(name, defaults, where)
+    if f"{name}={value}" in RETIRED:
+        fail(f"{where}: {name}={value!r} is gone: {RETIRED[f'{name}={value}']}")
     kind = type(defaults[name])
     if kind is float and type(value) is int:
         return float(value)

@@ -1,149 +1,301 @@
-"""How fast text is drawn: with and without the cache, beside Hugging Face GPT-2, and by experts.
+"""How fast a prompt is read and text is sampled, beside GPTs of equal size.
 
     pip install transformers
-    python experiments/bench_inference.py        about twenty minutes on two cores
+    python experiments/bench_inference.py                  about twenty minutes on two cores
+    python experiments/bench_inference.py prompt decode    some of the parts
 
-Prints three tables and writes experiments/bench_inference.json. What is compared takes turns in
-random order, so that all meets the same noise; medians of five rounds, on two threads, in float32,
-with weights as they start. All draw from all tokens at temperature 1.
+Prints a table per part and writes experiments/bench_inference.json, where parts that were not asked
+for stay as they are. Everything is float32, on two threads, with weights as they are initialised.
+What is compared is interleaved: each round runs each model once, in random order, so that all meet
+the same noise. The first of six rounds is not counted. A time is the median over the rounds, a
+ratio the median of the ratios within a round.
 
-Ours draws by inference.py, as sample.py does, or, where the table says so, by model.generate alone.
+prompt and decode compare models of equal parameters, all with a vocabulary of 65:
+- lean, shared_kv: lateral, without decoder self-attention, shared keys and values; 6 + 6 layers
+- lean: the same, but each layer of a stack has keys and values of its own
+- canonical: 6 + 6 layers with none of these
+- GPT: arch="decoder_only", 12 layers
+- GPT, in full: the same, but its last layer computes every position of a prompt, not only the last
+- GPT, GQA: the GPT with one head of keys and values for two heads of queries
+- Hugging Face GPT-2 as it comes (tanh GELU, biases, learned positions), its cache a DynamicCache,
+  logits of the last position only; 12 layers
+Ours have rotary positions. Each peer has the width that brings it closest to the parameters of the
+first, among those that give an even head size. The position embedding is not counted.
 
-Texts: 500 characters by the CPU preset's model, its experts included, and by GPT-2s of as many
-parameters: with as many blocks (4 layers), and with the 3 layers of the decoder-only preset. GPT-2
-reads no more than its positions, hence 512 of them; ours has a block of 96, which moves as the text
-grows, or of 512 as well. One by one is one text with `use_cache=False`, times the number of texts.
-GPT-2 draws by `generate`, as users call it, or by the shortest loop around its model. Compiled,
-ours is `sample.py --compile=True`, and GPT-2 that loop with torch.compile and a static cache; what
-compiling takes is not in it. It is printed, and is less where torch has compiled the same before.
+prompt: the time that one text takes to read, from an empty cache on; allocating the cache is in it.
+Also the size of the cache. decode: the time of one token behind a prompt that was read before, for
+one text and for ten.
 
-Sizes: tokens a second while decoding, behind a prompt of half a block; the prompt's own time is not
-in it. Ours is parallel (lateral, without decoder self-attention), as the presets are, with as many
-parameters and blocks as the GPT-2. Memory is what reading the prompt and drawing add to a process
-at their peak (Linux). Without a cache fewer tokens are drawn, at the cheap end of the block.
+texts: 500 characters by the model of the CPU preset with its 16 experts, and by GPT-2s of equal
+parameters with as many blocks (4) and fewer (3). GPT-2 reads no more than its positions, so it has
+512. Ours has a block of 96, which moves as the text grows, or of 512 as well. GPT-2 samples by
+`generate`, as users call it, or by the shortest loop around its model. Compiled, ours is
+`compile_step`, as sample.py calls it. "No guards" adds options that are safe only while the number
+of texts and the size of the cache stay the same: nothing is checked before the graph runs, and its
+wrapper is C++. GPT-2 has them too, with that loop and a static cache. Compiling is not timed with
+the rest, and takes less where torch has compiled the same before. One by one is one text with
+`use_cache=False`, times the number of texts.
 
-Experts: masks drawn at random with a given number of 16 experts on, sparse against the same masks
-multiplied; drawing the masks is in both. Ideal is the speed-up if time went with the bytes of
-weights that are read (one token at once), or with the products computed (many).
+experts: lean, shared_kv, whose routers read the encoder, with random masks that have a given number
+of 16 experts on. Experts that are off are skipped, or all are computed and masked. Sampling the
+masks is in both. By the rule: FeedForward.skips decides. Ideal is the speed-up if time went with
+the bytes of weights that are read (decoding), or with the products computed (a prompt).
 """
 
 import json
+import math
 import random
+import runpy
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import cache, partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from measuring import memory, num_params  # noqa: E402
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from measuring import num_params  # noqa: E402
 
-import inference  # noqa: E402
-from inference import Inference  # noqa: E402
 from mfu import gemm_peak  # noqa: E402
-from model import Cache, FeedForward, ModelConfig, ParallelEncoderDecoder  # noqa: E402
+from model import (  # noqa: E402
+    KV,
+    Attention,
+    Cache,
+    Context,
+    FeedForward,
+    KeyValueProjection,
+    Mask,
+    ModelConfig,
+    ParallelEncoderDecoder,
+    Router,
+    attend,
+    compile_step,
+    stacked,
+)
 
 RESULTS = Path(__file__).with_suffix(".json")
 THREADS, ROUNDS = 2, 6  # the first round is not counted
-OURS, UNCACHED, GPT2 = "ours", "ours, no cache", "Hugging Face GPT-2"
-Drawer = Inference | ParallelEncoderDecoder | GPT2LMHeadModel
-LAYER = dict(lateral=True, decoder_self_attention=False)
+VOCABULARY = 65
+PROMPTS = (256, 1024, 4096)
+PRODUCTS = 4096 * 384**2  # short prompts are read several times in a turn: until T C^2 is this
+BEHIND = (1024, 4096)
+TOKENS = {1: 32, 10: 8}  # decoded in a round, by the number of texts
+POSITIONS = 4096 + 64  # enough for a prompt and what is decoded behind it
+CHARACTERS = 500
 
 
 class Size(NamedTuple):
-    block_size: int
-    vocab_size: int
-    gpt2: dict[str, int]
-    ours: dict[str, int]
-    tokens: int  # decoded in a round
-    uncached: int  # the same without a cache
+    width: int  # of lean, shared_kv; peers get as many parameters
+    n_head: int
+    n_layer: int  # of each stack; a GPT has twice as many
 
 
-SIZES = {
-    "0.8 M": Size(64, 65, dict(n_layer=4, n_head=4, n_embd=128),
-                  dict(n_layer=2, n_head=4, n_embd=124), tokens=31, uncached=16),
-    "11 M": Size(256, 65, dict(n_layer=6, n_head=6, n_embd=384),
-                 dict(n_layer=3, n_head=6, n_embd=372), tokens=64, uncached=4),
-    "100 M": Size(1024, 50257, dict(n_layer=12, n_head=12, n_embd=768),
-                  dict(n_layer=6, n_head=12, n_embd=744), tokens=16, uncached=2),
-}  # fmt: skip
+SIZES = (Size(384, 6, 6), Size(768, 12, 6))
+WITH_EXPERTS = (
+    dict(vocab_size=VOCABULARY, block_size=256, n_layer=3, n_head=6, n_embd=384),
+    dict(vocab_size=50257, block_size=1024, n_layer=6, n_head=12, n_embd=768),
+)
 
 
-def build_gpt2(vocab_size: int, positions: int, **sizes: int) -> GPT2LMHeadModel:
+class FullGPT(ParallelEncoderDecoder):
+    """A GPT whose last layer computes all positions, as most implementations do."""
+
+    def step(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        d = self.stacks(idx, cache, last=False).d[-1]
+        return F.linear(self.ln_out(d[:, -1:]), self.tok_emb.weight)
+
+
+class GroupedKeyValue(KeyValueProjection):
+    """Half as many heads of keys and values as of queries."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        C, H = config.n_embd, config.n_head
+        self.linear = stacked(C, (C // 2, C // 2), config.bias)
+        self.kv_shape = H // 2, C // H, C // H
+
+
+class GroupedAttention(Attention):
+    """Query heads h and h + H / 2 attend to head h of the keys and values."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, own_key_value=False)
+        self.key_value = GroupedKeyValue(config)
+
+    def forward(self, x: Tensor, kv: KV | None, context: Context, last: bool = False) -> Tensor:
+        k, v, mask = self.key_value(x, context)
+        q = self.queries(x[:, -1:] if last else x, context)  # (B, H, T, D)
+        if q.size(2) > 1:
+            return self.output(attend(q, (k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), mask)))
+        # The two queries of a group go side by side, so that its keys and values are read once.
+        q = q.view(len(q), 2, -1, q.size(-1)).transpose(1, 2)  # (B, H / 2, 2, D)
+        y = attend(q, (k, v, mask), one_each=False)  # (B, 2, C / 2)
+        return self.output(y.flatten(1)[:, None])
+
+
+class GroupedGPT(ParallelEncoderDecoder):
+    """A GPT with grouped-query attention (arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        for layer in self.decoder:
+            layer.attention = GroupedAttention(config)
+        self.init_weights()
+
+
+LEAN, GPT, GPT_IN_FULL, GPT2 = "lean, shared_kv", "GPT", "GPT, in full", "Hugging Face GPT-2"
+DECODER_ONLY = dict(arch="decoder_only")
+OURS: dict[str, tuple[type[ParallelEncoderDecoder], dict]] = {
+    LEAN: (
+        ParallelEncoderDecoder,
+        dict(lateral=True, decoder_self_attention=False, shared_kv=True),
+    ),
+    "lean": (ParallelEncoderDecoder, dict(lateral=True, decoder_self_attention=False)),
+    "canonical": (ParallelEncoderDecoder, {}),
+    GPT: (ParallelEncoderDecoder, DECODER_ONLY),
+    GPT_IN_FULL: (FullGPT, DECODER_ONLY),
+    "GPT, GQA": (GroupedGPT, DECODER_ONLY),
+}
+MODELS = (*OURS, GPT2)
+Model = ParallelEncoderDecoder | GPT2LMHeadModel
+AnyCache = Cache | DynamicCache
+
+
+# -----------------------------------------------------------------------------
+# building models
+
+
+def build_gpt2(positions: int, n_layer: int, n_head: int, n_embd: int) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    ids = dict(bos_token_id=0, eos_token_id=None, pad_token_id=0)
-    sizes |= dict(vocab_size=vocab_size, n_positions=positions)
-    return GPT2LMHeadModel(GPT2Config(**sizes, **ids, attn_implementation="sdpa")).eval()
+    sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    ids = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=None)
+    config = GPT2Config(n_positions=positions, **sizes, **ids, attn_implementation="sdpa")
+    return GPT2LMHeadModel(config).eval()
 
 
-def build_ours(**fields: Any) -> ParallelEncoderDecoder:
+def build_ours(kind: type[ParallelEncoderDecoder] = ParallelEncoderDecoder, **fields: Any) -> Model:
     torch.manual_seed(0)
-    return ParallelEncoderDecoder(ModelConfig(**LAYER, **fields)).eval()
+    return kind(ModelConfig(**fields)).eval()
 
 
-class Clock:
-    """When tokens came, by the call; `put` and `end` make it a streamer for Hugging Face."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def put(self, _: Any = None) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
+def build_preset(block_size: int) -> Model:
+    """The model of the CPU preset, but for its block."""
+    settings = runpy.run_path(str(ROOT / "config/shakespeare_char.py"))
+    settings |= settings["on_cpu"]
+    names = {field.name for field in fields(ModelConfig)} & settings.keys()
+    of_model = {name: settings[name] for name in names}
+    return build_ours(**of_model | dict(vocab_size=VOCABULARY, block_size=block_size))
 
 
-def decode_seconds(model: Drawer, prompt: Tensor, tokens: int, cached: bool) -> float:
-    """The seconds that drawing `tokens` tokens takes from the moment the prompt is read."""
-    clock = Clock()
-    if not isinstance(model, GPT2LMHeadModel):
-        for _ in model.stream(prompt, tokens + 1, use_cache=cached):
-            clock.put()
+def build(name: str, size: Size, width: int) -> Model:
+    """One of MODELS."""
+    if name == GPT2:
+        return build_gpt2(POSITIONS, 2 * size.n_layer, size.n_head, width)
+    kind, fields = OURS[name]
+    layers = size.n_layer * (2 if fields is DECODER_ONLY else 1)
+    sizes = dict(n_layer=layers, n_head=size.n_head, n_embd=width, vocab_size=VOCABULARY)
+    return build_ours(kind, block_size=POSITIONS, position_embedding="rotary", **sizes, **fields)
+
+
+def closest_width(
+    build: Callable[[int], nn.Module], n_head: int, width: int, parameters: int
+) -> int:
+    """The width that brings build(width) closest to so many parameters; a first guess is given."""
+    step = 2 * n_head  # for an even head size
+
+    def count(width: int) -> int:
+        with torch.device("meta"):
+            return num_params(build(width))
+
+    # Parameters grow nearly with the square of the width.
+    below = int(width * math.sqrt(parameters / count(width))) // step * step
+    best = min((below, below + step), key=lambda width: abs(count(width) - parameters))
+    assert abs(count(best) / parameters - 1) < 0.05, "no width gives as many parameters"
+    return best
+
+
+def build_all(names: tuple[str, ...], size: Size) -> dict[str, Model]:
+    """Models of as many parameters as LEAN has."""
+    models = {LEAN: build(LEAN, size, size.width)}
+    parameters = num_params(models[LEAN])
+    for name in names:
+        of_width = partial(build, name, size)
+        width = closest_width(of_width, size.n_head, size.width, parameters)
+        models[name] = of_width(width)
+        check_cache(models[name])
+    return models
+
+
+# -----------------------------------------------------------------------------
+# running models
+
+
+def step(model: Model, idx: Tensor, cache: AnyCache) -> Tensor:
+    """Reads idx behind the cache: the logits of the last position."""
+    if isinstance(model, GPT2LMHeadModel):
+        return model(idx, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return model.step(idx, cache)
+
+
+def read_prompt(model: Model, prompt: Tensor, texts: int = 1, room: int = 0) -> AnyCache:
+    """Reads a prompt (1, T). The cache serves so many texts, with room for more tokens."""
+    if isinstance(model, GPT2LMHeadModel):
+        cache = DynamicCache(config=model.config)
     else:
-        how = dict(do_sample=True, top_k=0, max_new_tokens=tokens + 1, streamer=clock)
-        with torch.inference_mode():
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
-    return clock.times[-1] - clock.times[-1 - tokens]
+        cache = Cache(model, texts, prompt.size(1) + room)
+    step(model, prompt, cache)
+    if isinstance(model, GPT2LMHeadModel) and texts > 1:
+        cache.batch_repeat_interleave(texts)
+    return cache
 
 
-def of(drawer: Drawer) -> torch.nn.Module:
-    """The model that has the parameters."""
-    return drawer.model if isinstance(drawer, Inference) else drawer
+def decode(model: Model, cache: AnyCache, texts: int, tokens: int) -> float:
+    """The seconds that decoding takes. After it the cache is as it was."""
+    token = torch.zeros(texts, 1, dtype=torch.long)
+    start = time.perf_counter()
+    for _ in range(tokens):
+        step(model, token, cache)
+    seconds = time.perf_counter() - start
+    if isinstance(cache, DynamicCache):
+        cache.crop(-tokens)
+    else:
+        cache.length -= tokens
+    return seconds
 
 
-def bare_loop(model: Callable[..., Any], idx: Tensor, tokens: int, past: Any = None) -> Tensor:
-    """The least that draws text from a GPT-2 with its cache, which `past` may be."""
-    drawn = []
-    for k in range(tokens):
-        here = torch.full((1, 1), k)
-        out = model(idx, past_key_values=past, use_cache=True, position_ids=here)
-        idx, past = out.logits[:, -1].softmax(dim=-1).multinomial(1), out.past_key_values
-        drawn.append(idx)
-    return torch.cat(drawn, dim=1)
+def cache_bytes(cache: AnyCache) -> int:
+    if isinstance(cache, DynamicCache):
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(buffer.nbytes for kv in cache.buffers.values() for buffer in kv)
 
 
-def static(model: GPT2LMHeadModel) -> Callable[[Tensor, int], Tensor]:
-    """The same, compiled as ours is, as a function of the tokens and how many to draw."""
-    options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    how = dict(fullgraph=True, dynamic=False, isolate_recompiles=True, options=options)
-    step, c = torch.compile(model.forward, **how), model.config
+@torch.inference_mode()
+def check_cache(model: Model) -> None:
+    """A prompt, then two texts token by token: the logits must be those of one forward pass."""
+    text = random_ids(1, 8)
+    of_text = model(text) if isinstance(model, GPT2LMHeadModel) else model(text, text)
+    expected, cache = of_text.logits[:, 4:], read_prompt(model, text[:, :5], texts=2, room=3)
+    found = [step(model, text[:, :5], Cache(model, 1, 5))] if isinstance(cache, Cache) else []
+    found += [step(model, text[:, t : t + 1].expand(2, -1), cache)[1:] for t in range(5, 8)]
+    error = torch.cat(found, dim=1) - expected[:, -len(found) :]
+    assert error.abs().max() < 1e-4 * expected.abs().max(), "the cache changes the logits"
 
-    def loop(idx: Tensor, tokens: int) -> Tensor:
-        cache = StaticCache(config=c, max_cache_len=c.n_positions)
-        sizes = len(idx), c.n_head, c.n_embd // c.n_head
-        cache.early_initialization(*sizes, dtype=torch.float32, device=idx.device)
-        return bare_loop(step, idx, tokens, cache)
 
-    return loop
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
 
 
 def take_turns(tasks: dict[str, Callable[[], float | None]]) -> dict[str, list[float]]:
@@ -164,226 +316,321 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def measure_texts() -> list[dict]:
-    """Rows of the first table."""
-    preset = dict(vocab_size=65, n_layer=2, n_head=2, n_embd=80, n_expert=16)
-    ours = {n: build_ours(block_size=n, **preset) for n in (96, 512)}
-    peers = {
-        f"{GPT2}, 4 layers": build_gpt2(65, 512, n_layer=4, n_head=2, n_embd=84),
-        f"{GPT2}, 3 layers": build_gpt2(65, 512, n_layer=3, n_head=3, n_embd=96),
-    }
-    rows, one_by_one, zero = [], "ours, one by one, no cache", torch.zeros(1, 1, dtype=torch.long)
+# -----------------------------------------------------------------------------
+# the parts: each gives the rows of its table
 
-    @torch.inference_mode()
-    def draw(model: Drawer, batch: int, bare: Callable | None = None, cached: bool = True) -> None:
-        idx = zero.repeat(batch, 1)
-        if not isinstance(model, GPT2LMHeadModel):
-            model.generate(idx, 500, use_cache=cached)
-        elif bare:
-            bare(idx, 500)
-        else:
-            how = dict(do_sample=True, top_k=0, max_new_tokens=500)
-            model.generate(idx, attention_mask=torch.ones_like(idx), **how)
 
-    for batch in (10, 1):
-        models = {f"ours, block {n}": Inference(m) for n, m in ours.items()} | peers
-        models["ours, model.generate"] = ours[96]
-        for n, one in ours.items():
-            models[f"ours, block {n}, compiled"] = Inference(one, compile=True)
-        tasks = {name: partial(draw, model, batch) for name, model in models.items()}
-        for name, peer in peers.items():
-            loops = {"bare loop": partial(bare_loop, peer), "compiled": static(peer)}
-            drawn = []
-            for loop in loops.values():
-                with torch.inference_mode(), torch.random.fork_rng():
-                    torch.manual_seed(0)
-                    drawn.append(loop(zero.repeat(batch, 1), 20))
-            assert torch.equal(*drawn), "compiled, GPT-2 draws another text"
-            for how, loop in loops.items():
-                models[f"{name}, {how}"] = peer
-                tasks[f"{name}, {how}"] = partial(draw, peer, batch, bare=loop)
-        for name in [name for name in tasks if "compiled" in name]:
-            start = time.perf_counter()
-            tasks[name]()
-            print(f"{name}, {batch} at once: {time.perf_counter() - start:.0f} s for the first 500")
-        tasks[one_by_one] = partial(draw, ours[96], 1, cached=False)
-        models[one_by_one] = ours[96]
+def of_model(size: Size, name: str, model: Model) -> dict:
+    """What rows of the first two parts begin with."""
+    width = model.config.n_embd
+    return {"size": size.width, "model": name, "width": width, "parameters": num_params(model)}
+
+
+@torch.inference_mode()
+def measure_prompt() -> Iterator[dict]:
+    for size in SIZES:
+        models = build_all(MODELS, size)
+        for T in PROMPTS:
+            prompt = random_ids(1, T)
+            times = max(1, PRODUCTS // (T * size.width**2))
+
+            def read(model: Model, prompt: Tensor = prompt, times: int = times) -> None:
+                for _ in range(times):
+                    read_prompt(model, prompt)
+
+            seconds = take_turns({name: partial(read, model) for name, model in models.items()})
+            for name, model in models.items():
+                bytes_a_token = cache_bytes(read_prompt(model, prompt)) / T
+                of_name = [s / times for s in seconds[name]]
+                yield of_model(size, name, model) | {
+                    "prompt": T, "ms": statistics.median(of_name) * 1e3,
+                    "times_lean": ratio(seconds[name], seconds[LEAN]),
+                    "cache_bytes_a_token": round(bytes_a_token), "seconds": of_name,
+                }  # fmt: skip
+
+
+@torch.inference_mode()
+def measure_decode() -> Iterator[dict]:
+    for size in SIZES:
+        # The two GPTs differ in reading a prompt alone.
+        models = build_all(tuple(name for name in MODELS if name != GPT_IN_FULL), size)
+        for T in BEHIND:
+            for texts, tokens in TOKENS.items():
+                caches = {
+                    name: read_prompt(model, random_ids(1, T), texts, room=tokens)
+                    for name, model in models.items()
+                }
+                seconds = take_turns({
+                    name: partial(decode, model, caches[name], texts, tokens)
+                    for name, model in models.items()
+                })  # fmt: skip
+                del caches  # before the next ones are there
+                for name, model in models.items():
+                    of_name = [s / tokens for s in seconds[name]]
+                    yield of_model(size, name, model) | {
+                        "texts": texts, "behind": T, "ms": statistics.median(of_name) * 1e3,
+                        "times_lean": ratio(seconds[name], seconds[LEAN]), "seconds": of_name,
+                    }  # fmt: skip
+
+
+NO_GUARDS = dict(
+    isolate_recompiles=True,
+    options={"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+)
+
+
+def bare_loop(model: Callable[..., Any], idx: Tensor, past: Any = None) -> Iterator[Tensor]:
+    """The least that samples text from a GPT-2 with its cache, which `past` may be."""
+    for k in range(CHARACTERS):
+        here = torch.full((1, 1), k)
+        out = model(idx, past_key_values=past, use_cache=True, position_ids=here)
+        idx, past = out.logits[:, -1].softmax(dim=-1).multinomial(1), out.past_key_values
+        yield idx
+
+
+def compile_gpt2(model: GPT2LMHeadModel) -> Callable[[Tensor], Iterator[Tensor]]:
+    """The same loop, compiled."""
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, **NO_GUARDS)
+
+    def loop(idx: Tensor) -> Iterator[Tensor]:
+        c = model.config
+        past = StaticCache(config=c, max_cache_len=c.n_positions)
+        sizes = len(idx), c.n_head, c.n_embd // c.n_head
+        past.early_initialization(*sizes, dtype=torch.float32, device=idx.device)
+        return bare_loop(forward, idx, past)
+
+    return loop
+
+
+def compile_ours(block_size: int, **options: Any) -> Model:
+    model = build_preset(block_size)
+    compile_step(model, **options)
+    return model
+
+
+def by_generate(model: GPT2LMHeadModel, idx: Tensor) -> None:
+    how = dict(do_sample=True, top_k=0, max_new_tokens=CHARACTERS)
+    model.generate(idx, attention_mask=torch.ones_like(idx), **how)
+
+
+def first_tokens(stream: Iterator[Tensor]) -> tuple[Tensor, float]:
+    """The first 20 tokens from seed 0, and the seconds that they take."""
+    start = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.cat([*islice(stream, 20)], dim=1), time.perf_counter() - start
+
+
+def exhaust(sampler: Callable[[Tensor], Iterator[Tensor]], idx: Tensor) -> None:
+    for _ in sampler(idx):
+        pass
+
+
+@torch.inference_mode()
+def measure_texts() -> Iterator[dict]:
+    parameters, gpt2s = num_params(build_preset(96)), {}
+    for layers in (4, 3):
+        of_width = partial(build_gpt2, 512, layers, 2)
+        width = closest_width(of_width, 2, build_preset(96).config.n_embd, parameters)
+        gpt2s[f"{GPT2}, {layers} layers"] = of_width(width)
+    base, uncached = "ours, block 96", "ours, one by one, no cache"
+    for texts in (10, 1):
+        idx = torch.zeros(texts, 1, dtype=torch.long)
+        models: dict[str, Model] = {
+            base: build_preset(96),
+            f"{base}, compiled": compile_ours(96),
+            f"{base}, compiled, no guards": compile_ours(96, **NO_GUARDS),
+            "ours, block 512": build_preset(512),
+            "ours, block 512, compiled, no guards": compile_ours(512, **NO_GUARDS),
+        }
+        samplers: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
+            name: partial(model.stream, max_new_tokens=CHARACTERS) for name, model in models.items()
+        }
+        for name, model in gpt2s.items():
+            samplers[f"{name}, bare loop"] = partial(bare_loop, model)
+            samplers[f"{name}, compiled, no guards"] = compile_gpt2(model)
+            ways = ("", ", bare loop", ", compiled, no guards")
+            models |= {f"{name}{way}": model for way in ways}
+        compile_seconds = {}
+        for name, sampler in samplers.items():
+            eager, is_compiled, _ = name.partition(", compiled")
+            if is_compiled:
+                eager = samplers.get(eager) or samplers[f"{eager}, bare loop"]
+                expected, _ = first_tokens(eager(idx))
+                found, compile_seconds[name] = first_tokens(sampler(idx))
+                assert torch.equal(found, expected), f"{name}: compiled, it samples another text"
+        tasks = {name: partial(exhaust, sampler, idx) for name, sampler in samplers.items()}
+        tasks |= {name: partial(by_generate, model, idx) for name, model in gpt2s.items()}
+        models[uncached] = models[base]
+        tasks[uncached] = partial(exhaust, partial(samplers[base], use_cache=False), idx[:1])
         seconds = take_turns(tasks)
-        seconds[one_by_one] = [s * batch for s in seconds[one_by_one]]
-        for name, of_model in seconds.items():
-            rows.append({
-                "model": name, "batch": batch, "parameters": num_params(of(models[name])),
-                "tokens_per_second": batch * 500 / statistics.median(of_model),
-                "ours_is_faster": ratio(of_model, seconds["ours, block 96"]),
-                "compiled_is_faster": ratio(of_model, seconds["ours, block 96, compiled"]),
-                "seconds": of_model,
+        seconds[uncached] = [s * texts for s in seconds[uncached]]
+        for name, model in models.items():
+            of_name = seconds[name]
+            yield {
+                "model": name, "texts": texts, "parameters": num_params(model),
+                "tokens_per_second": texts * CHARACTERS / statistics.median(of_name),
+                "ours_is_faster": ratio(of_name, seconds[base]),
+                "compiled_is_faster": ratio(of_name, seconds[f"{base}, compiled"]),
+                "compile_seconds": compile_seconds.get(name), "seconds": of_name,
+            }  # fmt: skip
+
+
+@contextmanager
+def random_masks(on: int, skip: bool | None) -> Iterator[None]:
+    """Inside, routers choose so many experts at random, and those that are off are skipped, or not;
+    None: as FeedForward.skips decides."""
+    generator, forward = torch.Generator().manual_seed(0), Router.forward
+
+    def at_random(self: Router, x: Tensor, T: int, context: Context) -> Mask:
+        m = forward(self, x, T, context).learned
+        chosen = torch.rand(m.shape, generator=generator).argsort(dim=-1) < on
+        return Mask(m, chosen.to(m.dtype))
+
+    rule = FeedForward.skips if skip is None else lambda *_: skip
+    with (
+        mock.patch.object(Router, "forward", at_random),
+        mock.patch.object(FeedForward, "skips", rule),
+    ):
+        yield
+
+
+def count_products(model: ParallelEncoderDecoder, idx: Tensor) -> tuple[int, int]:
+    """The multiplications by weights that reading idx takes, and those of them in experts."""
+    seen: dict[nn.Module, int] = {}
+
+    def count(linear: nn.Linear, inputs: tuple[Tensor], _: Tensor) -> None:
+        seen[linear] = linear.weight.numel() * inputs[0][..., 0].numel()
+
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [linear.register_forward_hook(count) for linear in linears]
+    with random_masks(on=16, skip=False):
+        model.step(idx)
+    for hook in hooks:
+        hook.remove()
+    blocks = [module for module in model.modules() if isinstance(module, FeedForward)]
+    in_experts = sum(seen[linear] for block in blocks for linear in (block.w1, block.w2))
+    return sum(seen.values()) + model.tok_emb.weight.numel(), in_experts  # logits of one position
+
+
+@torch.inference_mode()
+def measure_experts() -> Iterator[dict]:
+    G, fields = 16, OURS[LEAN][1] | dict(position_embedding="rotary", router_input="encoder")
+    for sizes in WITH_EXPERTS:
+        model = build_ours(n_expert=G, **sizes, **fields)
+        T = model.config.block_size // 2
+        prompt = random_ids(1, T)
+
+        def read_often(prompt: Tensor, times: int, model: Model = model) -> float:
+            start = time.perf_counter()
+            for _ in range(times):
+                read_prompt(model, prompt)
+            return (time.perf_counter() - start) / times
+
+        def decode_some(cache: Cache, model: Model = model) -> float:
+            tokens = TOKENS[cache.batch]
+            return decode(model, cache, cache.batch, tokens) / tokens
+
+        def with_masks(on: int, skip: bool | None, run: Callable[[], float]) -> float:
+            with random_masks(on, skip):
+                return run()
+
+        logits = []
+        for skip in (False, True):
+            with random_masks(4, skip):
+                logits.append(model.step(prompt))
+        error = (logits[0] - logits[1]).abs().max()
+        assert error < 1e-4 * logits[0].abs().max(), "skipping experts changes the logits"
+
+        for texts, read in ((1, False), (10, False), (1, True)):
+            if read:
+                run = partial(read_often, prompt, max(1, 1024 // T))
+            else:
+                run = partial(decode_some, read_prompt(model, prompt, texts, TOKENS[texts]))
+            seconds = take_turns({
+                (on, skip): partial(with_masks, on, skip, run)
+                for on in (16, 8, 4, 2) for skip in (False, True, None)
             })  # fmt: skip
-    return rows
+            total, in_experts = count_products(model, prompt if read else prompt[:, :1])
+            for on in (16, 8, 4, 2):
+                dense, sparse, rule = (seconds[on, skip] for skip in (False, True, None))
+                # Decoding, the weights of an expert are read if any of the texts has it on.
+                share = on / G if read else 1 - (1 - on / G) ** texts
+                left = total - (1 - share) * in_experts
+                sparse_seconds = statistics.median(sparse)
+                of_peak = None if read else 4 * left / sparse_seconds / memory_bandwidth()
+                yield {
+                    "size": f"{num_params(model) / 1e6:.0f} M", "width": model.config.n_embd,
+                    "parameters": num_params(model), "on": on, "of": G,
+                    "tokens_at_once": T if read else texts,
+                    "dense_ms": statistics.median(dense) * 1e3, "sparse_ms": sparse_seconds * 1e3,
+                    "speed_up": ratio(dense, sparse), "ideal": total / left,
+                    "speed_up_by_rule": ratio(dense, rule), "share_of_bandwidth": of_peak,
+                    "seconds": {"dense": dense, "sparse": sparse, "by_rule": rule},
+                }  # fmt: skip
 
 
-def tasks_of_size(size: Size, batch: int, which: str = "") -> dict[str, tuple]:
-    """What the second table compares: (model, prompt, tokens, cached), built as asked for."""
-    shape, generator = (batch, size.block_size // 2), torch.Generator().manual_seed(0)
-    prompt, tasks = torch.randint(size.vocab_size, shape, generator=generator), {}
-    if which != GPT2:
-        ours = build_ours(block_size=size.block_size, vocab_size=size.vocab_size, **size.ours)
-        tasks[OURS] = Inference(ours), prompt, size.tokens, True
-        tasks[UNCACHED] = ours, prompt, size.uncached, False
-    if which in ("", GPT2):
-        gpt2 = build_gpt2(size.vocab_size, size.block_size, **size.gpt2)
-        tasks[GPT2] = gpt2, prompt, size.tokens, True
-    return tasks
-
-
-def measure_size(name: str) -> list[dict]:
-    """Rows of the second table."""
-    size, rows = SIZES[name], []
-    for batch in (1, 10):
-        tasks = tasks_of_size(size, batch)
-        seconds = take_turns({n: partial(decode_seconds, *t) for n, t in tasks.items()})
-        a_token = {n: [s / tasks[n][2] for s in of_task] for n, of_task in seconds.items()}
-        for who, of_who in a_token.items():
-            rows.append({
-                "size": name, "batch": batch, "model": who,
-                "parameters": num_params(of(tasks[who][0])),
-                "tokens_per_second": batch / statistics.median(of_who),
-                "times_gpt2": ratio(a_token[GPT2], of_who),
-                "peak_memory_mib": peak_memory(name, str(batch), who),
-                "seconds_a_token": of_who,
-            })  # fmt: skip
-    return rows
-
-
-def peak_memory(*which: str) -> float | None:
-    """What a process of its own measures with --memory."""
-    if sys.platform != "linux":
-        return None
-    command = [sys.executable, __file__, "--memory", *which]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
+@cache
 def memory_bandwidth() -> float:
     """Bytes a second that reading a large tensor reaches."""
     big = torch.ones(2**26)
     return big.numel() * 4 / min(take_turns({"": lambda: big.sum() and None})[""])
 
 
-def measure_experts(name: str, bandwidth: float) -> list[dict]:
-    """Rows of the third table."""
-    size, G = SIZES[name], 16
-    fields = dict(block_size=size.block_size, vocab_size=size.vocab_size, n_expert=G)
-    ours = build_ours(**fields, **size.ours)
-    fast = Inference(ours)
-    blocks = [m for m in ours.modules() if isinstance(m, FeedForward)]
-    in_experts = sum(m.w1.weight.numel() + m.w2.weight.numel() for m in blocks)
-    generator = torch.Generator().manual_seed(0)
-    experts_off, sparse_pays, rows = inference.experts_off, inference.sparse_pays, []
-    half = size.block_size // 2
-
-    def run(on: int, sparse: bool | None, batch: int, prefill: bool, decoded: int) -> float:
-        def draw_off(A: Tensor) -> Tensor:
-            return torch.rand(A.shape, generator=generator).argsort(dim=-1) >= on
-
-        inference.experts_off = draw_off
-        inference.sparse_pays = sparse_pays if sparse is None else lambda *_: sparse
-        try:
-            idx = torch.zeros(batch, half, dtype=torch.long)
-            if not prefill:
-                return decode_seconds(fast, idx, decoded, True)
-            with torch.inference_mode():
-                start = time.perf_counter()
-                fast(idx, Cache(batch, half))
-                return time.perf_counter() - start
-        finally:
-            inference.experts_off, inference.sparse_pays = experts_off, sparse_pays
-
-    for batch, prefill in ((1, False), (10, False), (1, True)):
-        decoded = min(64, half - 1) if batch == 1 else size.tokens
-        tasks = {
-            (on, sparse): partial(run, on, sparse, batch, prefill, decoded)
-            for on in (16, 8, 4, 2) for sparse in (False, True, None)
-        }  # fmt: skip
-        seconds = take_turns(tasks)
-        for on in (16, 8, 4, 2):
-            dense, sparse, rule = (seconds[on, way] for way in (False, True, None))
-            # Of a batch, an expert is read where one token at least has it on.
-            share = on / G if prefill else 1 - (1 - on / G) ** batch
-            weights = ours.num_params() - (1 - share) * in_experts
-            of_weights = ours.num_params() / weights
-            if prefill:  # of the output layer the last position alone
-                layers = ours.num_params() - ours.tok_emb.weight.numel()
-                of_weights = layers / (layers - (1 - share) * in_experts)
-            a_step = statistics.median(sparse) / (1 if prefill else decoded)
-            rows.append({
-                "size": name, "on": on, "of": G, "batch": batch,
-                "tokens_at_once": half if prefill else batch,
-                "dense_ms": statistics.median(dense) * 1e3 / (1 if prefill else decoded),
-                "sparse_ms": a_step * 1e3,
-                "speed_up": ratio(dense, sparse), "ideal": of_weights,
-                "speed_up_by_rule": ratio(dense, rule),
-                "share_of_bandwidth": None if prefill else 4 * weights / a_step / bandwidth,
-                "seconds": {"dense": dense, "sparse": sparse, "by_rule": rule},
-            })  # fmt: skip
-    return rows
+def about() -> dict:
+    """What a part was measured with, and on what."""
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    return {
+        "commit": commit.strip(), "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "gemm_peak": gemm_peak("cpu"), "memory_bandwidth": memory_bandwidth(),
+    }  # fmt: skip
 
 
-def main() -> None:
-    bandwidth, peak = memory_bandwidth(), gemm_peak("cpu")
-    print(f"Memory {bandwidth / 1e9:.1f} GB/s, GEMM {peak / 1e9:.0f} GFLOP/s\n")
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    results = {"threads": THREADS, "versions": versions}
-    results |= {"memory_bandwidth": bandwidth, "gemm_peak": peak}
+# Each part, and the columns that are printed of it with their formats.
+PARTS: dict[str, tuple[Callable[[], Iterator[dict]], dict[str, str]]] = {
+    "prompt": (measure_prompt, {
+        "size": "", "model": "", "width": "", "parameters": ",", "prompt": ",", "ms": ",.1f",
+        "times_lean": ".2f", "cache_bytes_a_token": ",",
+    }),
+    "decode": (measure_decode, {
+        "size": "", "model": "", "width": "", "parameters": ",", "texts": "", "behind": ",",
+        "ms": ",.2f", "times_lean": ".2f",
+    }),
+    "texts": (measure_texts, {
+        "model": "", "texts": "", "parameters": ",", "tokens_per_second": ",.0f",
+        "ours_is_faster": ".2f", "compiled_is_faster": ".2f", "compile_seconds": ".0f",
+    }),
+    "experts": (measure_experts, {
+        "size": "", "tokens_at_once": "", "on": "", "of": "", "dense_ms": ".2f",
+        "sparse_ms": ".2f", "speed_up": ".2f", "ideal": ".2f", "speed_up_by_rule": ".2f",
+        "share_of_bandwidth": ".0%",
+    }),
+}  # fmt: skip
 
-    results["texts"] = measure_texts()
-    print("| texts of 500 characters | parameters | texts | tokens/s | ours to it | compiled |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in results["texts"]:
-        print(
-            f"| {row['model']} | {row['parameters']:,} | {row['batch']} "
-            f"| {row['tokens_per_second']:,.0f} | {row['ours_is_faster']:.2f} x "
-            f"| {row['compiled_is_faster']:.2f} x |",
-            flush=True,
-        )
 
-    print("\n| size | model | parameters | batch | tokens/s | to GPT-2 | MiB |")
-    print(f"| --- | --- {'| ---: ' * 5}|")
-    results["sizes"] = []
-    for name in SIZES:
-        for row in measure_size(name):
-            results["sizes"].append(row)
-            print(
-                f"| {name} | {row['model']} | {row['parameters']:,} | {row['batch']} "
-                f"| {row['tokens_per_second']:,.1f} | {row['times_gpt2']:.2f} x "
-                f"| {row['peak_memory_mib'] or float('nan'):.0f} |", flush=True,
-            )  # fmt: skip
-
-    print("\n| size | tokens at once | on | dense ms | sparse ms | speed-up | ideal | by the rule "
-          f"| of bandwidth |\n| --- {'| ---: ' * 8}|")  # fmt: skip
-    results["experts"] = []
-    for name in list(SIZES)[1:]:  # of a small model all experts are computed
-        for row in measure_experts(name, bandwidth):
-            results["experts"].append(row)
-            share = row["share_of_bandwidth"]
-            print(
-                f"| {name} | {row['tokens_at_once']} | {row['on']} of 16 | {row['dense_ms']:.2f} "
-                f"| {row['sparse_ms']:.2f} | {row['speed_up']:.2f} | {row['ideal']:.2f} "
-                f"| {row['speed_up_by_rule']:.2f} | {f'{share:.0%}' if share else ''} |",
-                flush=True,
-            )
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def main(asked: list[str]) -> None:
+    if unknown := set(asked) - set(PARTS):
+        sys.exit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    torch.set_num_threads(THREADS)
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    here = about()
+    print(f"Memory {here['memory_bandwidth'] / 1e9:.1f} GB/s, "
+          f"GEMM {here['gemm_peak'] / 1e9:.0f} GFLOP/s")  # fmt: skip
+    for part in asked or PARTS:
+        measure, columns = PARTS[part]
+        print(f"\n{part}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
+        rows, start = [], time.perf_counter()
+        for row in measure():
+            rows.append(row)
+            cells = ("" if row[c] is None else f"{row[c]:{spec}}" for c, spec in columns.items())
+            print(f"| {' | '.join(cells)} |", flush=True)
+        print(f"\n{time.perf_counter() - start:.0f} s", flush=True)
+        results[part] = {**here, "rows": rows}
+        kept = {name: results[name] for name in PARTS if name in results}
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(THREADS)
-    if sys.argv[1:2] == ["--memory"]:
-        size_name, rows_of_batch, who = sys.argv[2:]
-        model, prompt, tokens, cached = tasks_of_size(SIZES[size_name], int(rows_of_batch), who)[
-            who
-        ]
-        decode_seconds(model, prompt[:1, :1], 1, cached)  # loads torch's code
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
-        before = memory("VmRSS")
-        decode_seconds(model, prompt, tokens, cached)
-        print(memory("VmHWM") - before)
-    else:
-        main()
+    main(sys.argv[1:])
