@@ -84,8 +84,8 @@ class ModelConfig:
             self._require(name, 0.0 <= getattr(self, name) < math.inf, "finite and not negative")
         C, H, G, site = self.n_embd, self.n_head, self.n_expert, self.expert_site
         units = 4 * C if site == "hidden" else C
-        of, pairs = ("n_embd / 2", C / 2) if self.position_embedding == "rotary" else ("n_embd", C)
-        self._require("n_head", pairs % H == 0, f"a divisor of {of} = {pairs:g}")
+        of, pairs = ("n_embd/2", C / 2) if self.position_embedding == "rotary" else ("n_embd", C)
+        self._require("n_head", pairs % H == 0, f"a divisor of {of}={pairs:g}")
         self._require("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)")
         self._require("shift_init", 0.0 <= self.shift_init <= math.pi, "in [0, pi]")
         ok = G == 0 or (G > 0 and units % G == 0)

@@ -1340,10 +1340,10 @@ def test_a_config_of_ones_own():
         ({"arch": "encoder"}, "arch='encoder': must be one of parallel, decoder_only"),
         ({"position_embedding": "alibi"}, "position_embedding='alibi': must be one of learned, ro"),
         ({"n_layer": 0}, "n_layer=0: must be at least 1"),
-        ({"n_head": 5}, "n_head=5: must be a divisor of n_embd = 24"),
+        ({"n_head": 5}, "n_head=5: must be a divisor of n_embd=24"),
         (
             {"n_head": 8, "position_embedding": "rotary"},
-            "n_head=8: must be a divisor of n_embd / 2",
+            "n_head=8: must be a divisor of n_embd/2=12",
         ),
         ({"dropout": 1.0}, r"dropout=1.0: must be in \[0, 1\)"),
         ({"dropout": math.nan}, "dropout=nan"),

@@ -110,17 +110,17 @@ def test_a_loaded_state_goes_on_bit_for_bit():
     assert all(torch.equal(w, o) for w, o in zip(weights, others, strict=True))
 
 
-SELF = {(16, 16, 16), (16,)}  # query, key and value; the output
-CROSS = {(16,), (16, 16)}  # query and output; key and value
+ATTENTION = {(16,), (16, 16)}  # query and output; key and value
 FF = {(64,), (16,)}
 
 
 @pytest.mark.parametrize(
     "fields, rows",
     [
-        ({}, SELF | CROSS | FF),
-        ({"n_expert": 8}, SELF | CROSS | FF | {(16, 16, 8)}),  # the router's
-        ({"arch": "decoder_only"}, SELF | FF),
+        ({}, ATTENTION | FF),
+        ({"n_expert": 8}, ATTENTION | FF | {(16, 16, 8)}),  # the router's
+        ({"arch": "decoder_only"}, ATTENTION | FF),
+        ({"shared_kv": True, "lateral": True, "token_shift": True}, ATTENTION | FF),
     ],
 )
 def test_the_matrices_of_a_model(fields, rows):

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
@@ -275,6 +276,8 @@ try:
         from torch.distributed.device_mesh import init_device_mesh  # these take a second
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        # FSDP warns of modules that return views, as of keys and values; we change none in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         mesh = init_device_mesh(device_type, (world_size,))
         layers = [m for m in raw_model.modules() if isinstance(m, EncoderLayer | DecoderLayer)]
         if raw_model.config.arch == "parallel":
@@ -609,7 +612,7 @@ while True:
         if ddp and not fsdp:  # averages the gradients once, in the last micro-step
             model.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
-            output = model(x, y, penalty_scale)
+            output = model(x, y, penalty_scale=penalty_scale)
         (output.loss / micro_steps).backward()
         logged[0] += output.metrics["cross_entropy"] / micro_steps
         if has_experts:

@@ -12,7 +12,7 @@ on_cuda = {
     "batch_size": 64,
     "n_layer": 3,
     "n_head": 6,
-    "n_embd": 360,
+    "n_embd": 366,
     "dropout": 0.2,
     "learning_rate": 3e-3,
     "min_lr": 3e-4,

@@ -6,7 +6,7 @@ eval_interval = 500
 always_save_checkpoint = False  # the small corpus invites overfitting: keep the best
 wandb_run_name = "shakespeare-char-dense"
 
-# The idea taken to its end: the decoder runs on top of the encoder, reads the past through it alone,
+# The idea taken to its end: the decoder runs on top of the encoder, reads the past only through it,
 # and shares its keys and values.
 lateral = True
 decoder_self_attention = False

@@ -8,7 +8,7 @@ linear map of the standardised vector names the current token, the token 8 back,
 speaker (the ten who speak most; their names are not counted) and the place in the line (in groups
 of 8 characters, of its first 64). It is trained on every second group of 32 windows, so that hardly
 a speech is in both; the figure is the share that is right in the others. Cuts: the loss with a
-layer's cross-attention, or lateral, left out, and with one kind of attention, in all layers, that
+layer's cross-attention left out, and with one kind of attention, in all layers, that
 sees the last w tokens alone. Experts: the share on by kind of character, by place in the window and
 by speaker, the entropy of each decision, its mutual information with the character, in bits, and
 experts that are never on, or always.
@@ -68,17 +68,10 @@ def targets_of(tokens: Tensor, text: str) -> dict[str, Tensor]:
 @torch.inference_mode()
 def streams(model: ParallelEncoderDecoder, idx: Tensor) -> dict[str, Tensor]:
     """E, e1, e2, ..., d1, d2, ... of idx (N, T), each (N, T - SKIPPED, C)."""
-    found = {}
-    stacks = {"e": getattr(model, "encoder", []), "d": model.decoder}
-    layers = {f"{s}{k + 1}": layer for s, stack in stacks.items() for k, layer in enumerate(stack)}
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(name, out[0]))
-        for name, layer in layers.items()
-    ]
-    emb, *_ = model.stacks(idx)
-    for hook in hooks:
-        hook.remove()
-    return {name: x[:, SKIPPED:].clone() for name, x in {"E": emb, **found}.items()}
+    e, d, _ = model.stacks(idx)
+    found = {"E": (e or d)[0]}
+    found |= {f"e{k}": x for k, x in enumerate(e) if k} | {f"d{k}": x for k, x in enumerate(d) if k}
+    return {name: x[:, SKIPPED:].clone() for name, x in found.items()}
 
 
 def held_out(n: int) -> Tensor:
@@ -120,11 +113,9 @@ def windowed(attentions: list[Attention], window: int) -> Iterator[None]:
     """Inside, these attentions see the last `window` tokens alone, their own one included."""
     usual = model_file.attend
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
-        q, k, v = (t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in (q, k, v))
+    def attend(q: Tensor, kv: model_file.KV, dropout: float = 0.0) -> Tensor:
         ones = torch.ones(q.size(2), q.size(2), dtype=torch.bool)
-        y = F.scaled_dot_product_attention(q, k, v, ones.tril() & ones.triu(1 - window))
-        return y.transpose(1, 2).flatten(2)
+        return usual(q, (*kv[:2], ones.tril() & ones.triu(1 - window)), dropout)
 
     def forward(self: Attention, *args: Tensor, **kwargs: Tensor) -> Tensor:
         model_file.attend = attend
@@ -167,10 +158,9 @@ def cuts(model: ParallelEncoderDecoder, x: Tensor, y: Tensor) -> dict[str, float
         "cross_attention": [getattr(layer, "cross_attention", None) for layer in model.decoder],
     }
     for k, layer in enumerate(model.decoder):
-        for name in ("cross_attention", "lateral"):
-            if isinstance(module := getattr(layer, name, None), nn.Module):
-                with cut(module):
-                    losses[f"{name} of layer {k + 1}"] = loss_of(model, x, y)
+        if hasattr(layer, "cross_attention"):
+            with cut(layer.cross_attention):
+                losses[f"cross_attention of layer {k + 1}"] = loss_of(model, x, y)
     for name, attentions in kinds.items():
         attentions = [attention for attention in attentions if attention is not None]
         for window in (1, 2, 4, 8, 16, 32) if attentions else ():
@@ -194,7 +184,7 @@ def mutual_information(on: Tensor, classes: Tensor) -> Tensor:
 @torch.inference_mode()
 def experts(model: ParallelEncoderDecoder, x: Tensor, chars: str, targets: dict) -> dict:
     """What the experts respond to; blocks in the order of layers, the encoder's first."""
-    r = torch.cat([model.expert_masks(part)[..., SKIPPED:, :] for part in x.split(64)], dim=2)
+    r = torch.cat([model.expert_masks(part).used[..., SKIPPED:, :] for part in x.split(64)], dim=2)
     blocks = [f"{s}{k + 1}" for k in range(r.size(0)) for s in ("e", "d")[-r.size(1) :]]
     r = r.flatten(0, 1)  # (blocks, N, T, G)
     kinds = [next(k for k, p in enumerate(KINDS.values()) if re.match(p, c)) for c in chars]

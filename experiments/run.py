@@ -2,15 +2,19 @@
 
     python experiments/run.py                   all that results.jsonl lacks, two runs at once
     python experiments/run.py curve variants    the runs of these questions alone
-    python experiments/run.py --repeat=17       runs line 17 of results.jsonl again, and compares
+    python experiments/run.py --repeat=301      runs line 301 of results.jsonl again, and compares
 
 Each question below is a function that gives its runs, a grid in plain Python. A run is train.py
 with a preset and settings, as a user would start it, on one thread, on tinyshakespeare; where a
-peer is no setting (serial stacks, a mixture of experts) its code stands in peers.py. With
+peer is no setting (serial stacks, a mixture of experts) its code stands in ablations.py. With
 `analyse` the trained model is looked into by probes.py. A run adds its line to results.jsonl when
 it is done, so that a sweep which was interrupted goes on where it stopped. Losses are those of
 the whole validation split, in nats per character. On one kind of machine a run gives the same
 losses bit for bit.
+
+Of the questions below all but `lateral` were asked of the layer as it was up to commit fd66022, with
+another `lateral`; their runs are those of results.jsonl without a `format`, and can be repeated at
+that commit.
 """
 
 import json
@@ -164,7 +168,20 @@ def inside() -> Iterator[dict]:
         yield run(name, settings, seeds=3, analyse=True)
 
 
-QUESTIONS = (curve, variants, sizes, experts, inside, large)
+def lateral() -> Iterator[dict]:
+    """The lateral connection, without parameters, beside d = d + W_lat LN(e), with shared_kv."""
+    lean = (
+        f"{SMALL} --block_size=96 --decoder_self_attention=False --shared_kv=True "
+        "--position_embedding=rotary"
+    )
+    yield run("e_l - e_{l-1}, 84 wide", f"{lean} --lateral=True --n_embd=84", seeds=5)
+    for n_embd in (80, 84):  # what is even with two heads
+        name = f"W_lat LN(e), {n_embd} wide"
+        yield run(name, f"{lean} --n_embd={n_embd}", seeds=5, peer="w_lat()")
+
+
+FORMAT = 2  # of the checkpoints of these runs; rows without it are of the layer up to fd66022
+QUESTIONS = (lateral, curve, variants, sizes, experts, inside, large)
 
 
 def run(name: str, settings: str, seeds: int, peer: str = "", analyse: bool = False) -> dict:
@@ -180,7 +197,7 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
         argv += ["--device=cpu", "--always_save_checkpoint=True"]
         command = [sys.executable, *argv]
         if peer:
-            command = [sys.executable, "experiments/peers.py", peer, *argv[1:]]
+            command = [sys.executable, "experiments/ablations.py", peer, *argv[1:]]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -250,7 +267,7 @@ def main() -> None:
         job = {name: value for name, value in jobs[number].items() if name != "seeds"}
         version = commit()
         figures = train(job["settings"], job["peer"], job["analyse"], job["seed"])
-        row = {**job, "commit": version, **figures}
+        row = {**job, "commit": version, "format": FORMAT, **figures}
         with lock, open(RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         on = f", experts on {row['experts_on']:.1%}" if "experts_on" in row else ""
@@ -266,6 +283,8 @@ def repeat(rows: list[dict], line: str) -> None:
     if not (line.isdecimal() and 1 <= int(line) <= len(rows)):
         sys.exit(f"--repeat={line}: must be a line of {RESULTS.name}, 1 to {len(rows)}")
     row = rows[int(line) - 1]
+    if row.get("format") != FORMAT:
+        sys.exit(f"--repeat={line}: of a layer that was changed since; repeat it at commit fd66022")
     again = train(row["settings"], row["peer"], False, row["seed"])
     difference = again["val_loss"] - row["val_loss"]
     print(

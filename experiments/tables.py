@@ -122,11 +122,65 @@ def training(size: str) -> str:
     ))  # fmt: skip
 
 
+def speeds(part: str) -> dict[tuple[str, ...], list[dict]]:
+    """The rows of a part of bench_inference.py, by what the rows of its table begin with."""
+    found: dict[tuple[int, str], list[dict]] = {}
+    for row in read("bench_inference.json")[part]["rows"]:
+        found.setdefault((row["size"], row["model"]), []).append(row)
+    first = {size: of[0] for (size, _), of in reversed(found.items())}
+    return {
+        (
+            f"{first[size]['parameters'] / 1e6:.0f} M",
+            model,
+            str(of[0]["width"]),
+            millions(of[0]),
+        ): of
+        for (size, model), of in found.items()
+    }
+
+
+def millions(row: dict) -> str:
+    return f"{row['parameters'] / 1e6:.1f} M"
+
+
+def time_and_ratio(row: dict) -> str:
+    """Milliseconds, and how many times those of lean with shared_kv."""
+    digits = 0 if row["ms"] >= 100 else 1
+    return f"{row['ms']:,.{digits}f} ({row['times_lean']:.2f})"
+
+
+def prompt() -> str:
+    """Reading a prompt, from bench_inference.py."""
+    found = speeds("prompt")
+    gpt = {size: of[0] for (size, model, *_), of in found.items() if model == "GPT"}
+    heads = "size | model | width: | parameters: | "
+    heads += " | ".join(f"{row['prompt']:,} tokens, ms:" for row in next(iter(found.values())))
+    lines = []
+    for (size, *names), of in found.items():
+        cached = [row["cache_bytes_a_token"] for row in (of[0], gpt[size])]
+        lines.append((
+            size, *names, *map(time_and_ratio, of), f"{cached[0]:,}",
+            f"{cached[0] / cached[1]:.2f}",
+        ))  # fmt: skip
+    return markdown(f"{heads} | cache, bytes a token: | to GPT's:", lines)
+
+
+def decoding() -> str:
+    """Decoding behind a prompt, from bench_inference.py."""
+    found = speeds("decode")
+    number = {1: "one text", 10: "ten texts"}
+    heads = "size | model | width: | parameters: | " + " | ".join(
+        f"{number[row['texts']]} behind {row['behind']:,}, ms:"
+        for row in next(iter(found.values()))
+    )
+    return markdown(heads, ((*names, *map(time_and_ratio, of)) for names, of in found.items()))
+
+
 def texts() -> str:
     """Texts of 500 characters, from bench_inference.py."""
     rows: dict[str, dict[int, dict]] = {}
-    for row in read("bench_inference.json")["texts"]:
-        rows.setdefault(row["model"], {})[row["batch"]] = row
+    for row in read("bench_inference.json")["texts"]["rows"]:
+        rows.setdefault(row["model"], {})[row["texts"]] = row
 
     def cells(row: dict) -> tuple[str, str, str]:
         ratios = (f"{row[f'{who}_faster']:.2f}" for who in ("ours_is", "compiled_is"))
@@ -139,37 +193,16 @@ def texts() -> str:
     ))  # fmt: skip
 
 
-def decoding() -> str:
-    """Three sizes of model, from bench_inference.py."""
-    blocks = {"0.8 M": 64, "11 M": 256, "100 M": 1024}
-    rows: dict[tuple, dict[str, dict]] = {}
-    for row in read("bench_inference.json")["sizes"]:
-        rows.setdefault((row["size"], row["batch"]), {})[row["model"]] = row
-
-    def speed(row: dict) -> str:
-        return f"{row['tokens_per_second']:,.{0 if row['tokens_per_second'] > 100 else 1}f}"
-
-    lines = []
-    for (size, batch), of in rows.items():
-        ours, uncached, gpt2 = of["ours"], of["ours, no cache"], of["Hugging Face GPT-2"]
-        memory = f"{ours['peak_memory_mib']:.0f} and {gpt2['peak_memory_mib']:.0f} MiB"
-        lines.append((
-            f"{ours['parameters'] / 1e6:.3g} M, {blocks[size]}", str(batch),
-            *map(speed, (ours, uncached, gpt2)), f"{ours['times_gpt2']:.2f}", memory,
-        ))  # fmt: skip
-    heads = "parameters, block | batch: | ours, tokens/s: | without a cache: | GPT-2: "
-    return markdown(heads + "| ours to GPT-2: | memory, ours and GPT-2:", lines)
-
-
 def sparse() -> str:
     """Experts that are off, from bench_inference.py."""
-    parameters = {"11 M": "11 M", "100 M": "121 M"}
     heads = "parameters | tokens at once: | experts on: | all computed: | only those on: "
-    return markdown(heads + "| speed-up: | ideal: | of the memory's speed:", (
-        (parameters[row["size"]], str(row["tokens_at_once"]), f"{row['on']} of {row['of']}",
+    heads += "| speed-up: | ideal: | by the rule: | of the memory's speed:"
+    return markdown(heads, (
+        (millions(row), str(row["tokens_at_once"]), f"{row['on']} of {row['of']}",
          f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms", f"{row['speed_up']:.2f}",
-         f"{row['ideal']:.2f}", percent(row["share_of_bandwidth"]))
-        for row in read("bench_inference.json")["experts"]
+         f"{row['ideal']:.2f}", f"{row['speed_up_by_rule']:.2f}",
+         percent(row["share_of_bandwidth"]))
+        for row in read("bench_inference.json")["experts"]["rows"]
     ))  # fmt: skip
 
 
@@ -311,8 +344,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "training, 384 wide": lambda: training("C=384"),
     "training, 128 wide, deep": lambda: training("C=128, deep"),
     "training, 384 wide, deep": lambda: training("C=384, deep"),
-    "texts": texts,
+    "prompt": prompt,
     "decoding": decoding,
+    "texts": texts,
     "sparse": sparse,
     "faults": faults,
     "sizes": sizes,
