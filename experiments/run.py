@@ -12,9 +12,8 @@ it is done, so that a sweep which was interrupted goes on where it stopped. Loss
 the whole validation split, in nats per character. On one kind of machine a run gives the same
 losses bit for bit.
 
-Of the questions below all but `lateral` were asked of the layer as it was up to commit fd66022, with
-another `lateral`; their runs are those of results.jsonl without a `format`, and can be repeated at
-that commit.
+All questions but `lateral` were asked of the layer as it was up to commit fd66022, with another
+`lateral`. Their runs are the lines of results.jsonl without a `format`; repeat them at that commit.
 """
 
 import json
