@@ -12,8 +12,8 @@ it is done, so that a sweep which was interrupted goes on where it stopped. Loss
 the whole validation split, in nats per character. On one kind of machine a run gives the same
 losses bit for bit.
 
-All questions but `lateral` were asked of the layer as it was up to commit fd66022, with another
-`lateral`. Their runs are the lines of results.jsonl without a `format`; repeat them at that commit.
+All questions but `lateral` and `presets` were asked of the layer as it was up to commit fd66022, with
+another `lateral`. Their runs are the lines of results.jsonl without a `format`; repeat them there.
 """
 
 import json
@@ -179,8 +179,14 @@ def lateral() -> Iterator[dict]:
         yield run(name, f"{lean} --n_embd={n_embd}", seeds=5, peer="w_lat()")
 
 
+def presets() -> Iterator[dict]:
+    """The presets with the new `lateral`, as they are."""
+    for name in ("shakespeare_char_dense", "shakespeare_char"):
+        yield run(name, f"config/{name}.py", seeds=3)
+
+
 FORMAT = 2  # of the checkpoints of these runs; rows without it are of the layer up to fd66022
-QUESTIONS = (lateral, curve, variants, sizes, experts, inside, large)
+QUESTIONS = (lateral, presets, curve, variants, sizes, experts, inside, large)
 
 
 def run(name: str, settings: str, seeds: int, peer: str = "", analyse: bool = False) -> dict:

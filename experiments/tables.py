@@ -225,6 +225,25 @@ def compared(question: str, base: str) -> str:
     ))  # fmt: skip
 
 
+def presets() -> str:
+    """The presets since the lateral connection has no parameters, beside the same seeds before."""
+    before = {}
+    for row in read("recipe/results.jsonl"):
+        before.setdefault(row["settings"], {})[row["seed"]] = row
+    lines = []
+    for name, rows in runs("presets").items():
+        old = [before[f"config/{name}.py"][row["seed"]] for row in rows]
+        losses = (", ".join(f"{row['val_loss']:.3f}" for row in of) for of in (rows, old))
+        sizes = (f"{of[0]['parameters']:,}" for of in (rows, old))
+        on = percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None)
+        new_losses, old_losses = losses
+        new_size, old_size = sizes
+        lines.append((f"`config/{name}.py`", new_size, new_losses, old_size, old_losses,
+                      show_difference(rows, old), on))  # fmt: skip
+    heads = "| parameters: | seeds 1, 2, 3 | before: | seeds 1, 2, 3, before | difference: "
+    return markdown(heads + "| experts on, now:", lines)
+
+
 def sizes() -> str:
     """Stacks of one size; the difference is that to decoder-only."""
     found = runs("sizes") | runs("large")
@@ -350,6 +369,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sparse": sparse,
     "faults": faults,
     "sizes": sizes,
+    "lateral": lambda: compared("lateral", "W_lat LN(e), 80 wide"),
+    "presets": presets,
     "variants": lambda: compared("variants", "canonical"),
     "curve": curve,
     "experts": experts,
