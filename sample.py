@@ -98,7 +98,7 @@ try:
 
     model.eval()
     if compile:
-        compile_step(model)
+        compile_step(model, options={"cpp_wrapper": device == "cpu"})  # calls the graph sooner
     samples = [Sample(ids) for _ in range(num_samples)]
     as_it_comes = num_samples == 1 and not show_experts
     if as_it_comes:

@@ -12,8 +12,9 @@ it is done, so that a sweep which was interrupted goes on where it stopped. Loss
 the whole validation split, in nats per character. On one kind of machine a run gives the same
 losses bit for bit.
 
-All questions but `lateral` and `presets` were asked of the layer as it was up to commit fd66022, with
-another `lateral`. Their runs are the lines of results.jsonl without a `format`; repeat them there.
+All questions but `lateral` and `presets` were asked of the layer as it was up to commit fd66022,
+with another `lateral`. Their runs are the lines of results.jsonl without a `format`; repeat them at
+that commit.
 """
 
 import json
