@@ -8,9 +8,9 @@ and read the same tokens. Layer l of the decoder attends to e_l, what layer l of
                                                       d = d + feed-forward(d)
 
 Notable:
-- Encoder layer l + 1 and decoder layer l need nothing from each other: L + 1 steps, not 2 L.
-- Without decoder self-attention no later token reads a state of the decoder. Then a prompt costs
-  the encoder alone, and only the encoder has keys and values.
+- Encoder layer l + 1 and decoder layer l need nothing from each other: L + 1 steps would do.
+- Where no later token reads a state of the decoder (no decoder self-attention, and no router that
+  reads the decoder), a prompt costs the encoder alone.
 - Experts: a learned mask switches groups of hidden units off, per token ("learned dropout").
 
 Shapes: B batch, T time, C `n_embd`, V `vocab_size`, L `n_layer`, G `n_expert`, H heads of width D.
@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -46,18 +47,16 @@ class ModelConfig:
     position_embedding: str = "learned"  # or rotary: RoPE, arXiv:2104.09864
     qk_norm: bool = False  # RMS-normalise the queries and keys of each head
     token_shift: bool = False  # add s * the embedding of the token before; s (C,) is learned
-    lateral: bool = False  # d = d + (e_l - e_{l-1}): the decoder runs on top of the encoder
+    lateral: bool = False  # d starts from E; before its layer l, d = d + (e_l - e_{l-1})
     decoder_self_attention: bool = True  # False: the decoder reads the past through e alone
-    shared_kv: bool = False  # one set of keys and values of each e_l, for both stacks
+    shared_kv: bool = False  # keys and values of e_l serve decoder layer l, encoder layer l + 1
     # learned dropout
     n_expert: int = 0  # G, experts in each feed-forward block; 0: no learned dropout
     expert_site: str = "hidden"  # mask the 4 C hidden units; or output: the C outputs of a block
-    router_input: str = (
-        "hidden"  # what the block reads; or encoder: the decoder's routers read LN(e)
-    )
+    router_input: str = "hidden"  # x, or the output it masks; encoder: in the decoder, LN(e)
     router_n_head: int = 1
     router_head_dim: int = 16  # of queries and keys; values have G / router_n_head
-    shift_init: float = 0.0  # 0: all experts on at the start; pi: all off
+    shift_init: float = 0.0  # 0: m starts near 1, all experts on; pi: all off
     l1_norm: str = "linear"  # mean of m; or squared: of m^2 / 2
     entropy_weight: float = 0.0  # lambda_H
     l1_weight: float = 0.0  # lambda_1
@@ -84,8 +83,8 @@ class ModelConfig:
             self._require(name, 0.0 <= getattr(self, name) < math.inf, "finite and not negative")
         C, H, G, site = self.n_embd, self.n_head, self.n_expert, self.expert_site
         units = 4 * C if site == "hidden" else C
-        of, pairs = ("n_embd/2", C / 2) if self.position_embedding == "rotary" else ("n_embd", C)
-        self._require("n_head", pairs % H == 0, f"a divisor of {of}={pairs:g}")
+        of, n = ("n_embd/2", C / 2) if self.position_embedding == "rotary" else ("n_embd", C)
+        self._require("n_head", n % H == 0, f"a divisor of {of}={n:g}")
         self._require("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)")
         self._require("shift_init", 0.0 <= self.shift_init <= math.pi, "in [0, pi]")
         ok = G == 0 or (G > 0 and units % G == 0)
@@ -106,13 +105,13 @@ class ModelOutput(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Which experts exist, per token: (B, T, G) of one block, (L, stacks, B, T, G) of all."""
+    """Which experts are on, per token: (B, T, G) of one block, (L, stacks, B, T, G) of all."""
 
     learned: Tensor  # m, in [0, 1]
     used: Tensor  # r, rounded to 0 or 1
 
 
-WithMask = tuple[Tensor, Mask | None]  # of a block and of a layer; None without experts
+WithMask = tuple[Tensor, Mask | None]  # what a block or a layer returns; None without experts
 
 # Keys and values (B, H, S, D), and which are seen: a mask (T, S), or None for the usual causal one.
 KV = tuple[Tensor, Tensor, Tensor | None]
@@ -120,19 +119,19 @@ KV = tuple[Tensor, Tensor, Tensor | None]
 
 def attend(q: Tensor, kv: KV, dropout: float = 0.0, one_each: bool = True) -> Tensor:
     """Causal multi-head attention of q (B, H, T, D) to kv: (B, T, H D). The queries are of the last
-    T tokens, one each; or, with one_each=False, all of the newest token, which may see all."""
+    T tokens, one each; or, with one_each=False, all of the newest token, which sees every key."""
     (k, v, mask), T, S = kv, q.size(2), kv[0].size(2)
-    causal = one_each and mask is None and T > 1
+    mask, causal = None if mask is None else mask[-T:], bool(one_each and mask is None and T > 1)
     if causal and T != S:  # several tokens behind a cache
         mask, causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T), False
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=bool(causal))
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
     return y.transpose(1, 2).flatten(2)
 
 
 def heads(x: Tensor, n_head: int, qk_norm: bool = False, rotation: Tensor | None = None) -> Tensor:
     """x (B, T, H D) as (B, H, T, D); queries and keys also normalised and, by RoPE, rotated: each
-    pair (x_i, x_{i + D/2}) by an angle. `rotation` (2, S, D / 2) has the cosines and sines of S
-    positions, of which x has the last T."""
+    pair (x_i, x_{i + D/2}) by an angle. `rotation` (2, T', D / 2) has the cosines and sines of
+    the positions of this pass, of which x has the last T."""
     x = x.view(x.size(0), x.size(1), n_head, -1).transpose(1, 2)
     x = F.rms_norm(x, x.shape[-1:]) if qk_norm else x
     if rotation is None:
@@ -142,15 +141,15 @@ def heads(x: Tensor, n_head: int, qk_norm: bool = False, rotation: Tensor | None
 
 
 def stacked(n_in: int, sizes: tuple[int, ...], bias: bool) -> nn.Linear:
-    """Several matrices of one input as one Linear. Muon takes them apart, by their rows `sizes`."""
+    """Several matrices of one input as one Linear; by `sizes`, their rows, muon.py splits them."""
     linear = nn.Linear(n_in, sum(sizes), bias=bias)
     linear.sizes = sizes
     return linear
 
 
 class Cache:
-    """Keys and values of the `length` tokens read so far, for every module that has a `kv_shape`:
-    buffers for `batch` texts of `size` tokens, allocated here and written in place."""
+    """Keys and values of the `length` tokens read so far, for every module that has a `kv_shape`
+    (KeyValueProjection, Router): buffers for `batch` texts of `size` tokens, allocated here."""
 
     def __init__(self, model: nn.Module, batch: int, size: int):
         self.batch, self.size, self.buffers = batch, size, {}
@@ -163,8 +162,8 @@ class Cache:
                 self.buffers[module] = [weight.new_zeros(batch, n_head, size, w) for w in widths]
 
     def update(self, module: nn.Module, k: Tensor, v: Tensor) -> KV:
-        """Takes keys and values of T new tokens, gives those of all. In a compiled step no shape
-        may depend on the length: there it gives the whole buffers, and a mask."""
+        """Writes keys and values of T new tokens in place, gives those of all. In a compiled step
+        no shape may depend on the length: there it gives the whole buffers, and a mask."""
         (K, V), start, T = self.buffers[module], self.length, k.size(2)
         if isinstance(start, Tensor):
             positions = start + torch.arange(T, device=k.device)
@@ -182,7 +181,7 @@ class Context(NamedTuple):
     cache: Cache | None = None
     last: bool = False  # of this layer's result only the last position will be read
 
-    def update(self, module: nn.Module, k: Tensor, v: Tensor) -> KV:
+    def remember(self, module: nn.Module, k: Tensor, v: Tensor) -> KV:
         return (k, v, None) if self.cache is None else self.cache.update(module, k, v)
 
 
@@ -197,11 +196,11 @@ class KeyValueProjection(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> KV:
         (k, v), H = self.linear(x).chunk(2, dim=-1), self.kv_shape[0]
-        return context.update(self, heads(k, H, self.qk_norm, context.rotation), heads(v, H))
+        return context.remember(self, heads(k, H, self.qk_norm, context.rotation), heads(v, H))
 
 
 class Attention(nn.Module):
-    """Multi-head attention: queries of x (B, T, C); keys and values are given, or its own, of x."""
+    """Multi-head attention: queries of x (B, T, C); keys and values given, or projected from x."""
 
     def __init__(self, config: ModelConfig, own_key_value: bool):
         super().__init__()
@@ -229,16 +228,16 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        H, keys, G = config.router_n_head, config.router_head_dim, config.n_expert
-        self.query_key_value = stacked(config.n_embd, (H * keys, H * keys, G), config.bias)
+        H, D, G = config.router_n_head, config.router_head_dim, config.n_expert
+        self.query_key_value = stacked(config.n_embd, (H * D, H * D, G), config.bias)
         self.shift = nn.Parameter(torch.full((G,), config.shift_init))
-        self.kv_shape = H, keys, G // H
+        self.kv_shape = H, D, G // H
 
     def forward(self, x: Tensor, T: int, context: Context) -> Mask:
         """The Mask (B, T, G) of the last T tokens of x."""
         q, k, v = self.query_key_value(x).split(self.query_key_value.sizes, dim=-1)
         q, k, v = (heads(y, self.kv_shape[0]) for y in (q[:, -T:], k, v))
-        m = 0.5 * torch.cos(attend(q, context.update(self, k, v)) + self.shift) + 0.5
+        m = 0.5 * torch.cos(attend(q, context.remember(self, k, v)) + self.shift) + 0.5
         return Mask(m, round_mask(m, self.training))
 
 
@@ -260,19 +259,19 @@ class FeedForward(nn.Module):
         memory: Tensor | None = None,
         context: Context = Context(),  # noqa: B008
     ) -> WithMask:
-        """x (B, T, C) to (B, T, C). The router reads x, at the site `output` what is masked; with
-        router_input="encoder" that of a decoder layer reads `memory` (B, S, C)."""
+        """x (B, T, C) to (B, T, C). The router reads x (site `output`: W2's output); with
+        router_input="encoder" a decoder layer's reads `memory` (B, S, C)."""
         if self.router is None:
             return self.dropout(self.w2(F.gelu(self.w1(x)))), None
-        read = memory if self.router_input == "encoder" else None
+        source = memory if self.router_input == "encoder" else None
         if self.site == "output":
             y = self.w2(F.gelu(self.w1(x)))
-            mask = self.router(y if read is None else read, x.size(1), context)
+            mask = self.router(y if source is None else source, x.size(1), context)
             return self.dropout(apply_mask(y, mask.used)), mask
-        read, x = x if read is None else read, x[:, -1:] if context.last else x
-        mask = self.router(read, x.size(1), context)
+        source, x = (x if source is None else source), (x[:, -1:] if context.last else x)
+        mask = self.router(source, x.size(1), context)
         if self.skips(mask.used):
-            return self.skip_experts(x, mask.used), mask
+            return self.dropout(self.skip_experts(x, mask.used)), mask
         return self.dropout(self.w2(apply_mask(F.gelu(self.w1(x)), mask.used))), mask
 
     def skips(self, r: Tensor) -> bool:
@@ -282,12 +281,12 @@ class FeedForward(nn.Module):
             return False
         G, (units, C), dtype = r.size(-1), self.w1.weight.shape, self.w1.weight.dtype
         each = 2 * units * C // G  # weights of an expert
-        large = each >= 2**17 or each * r.numel() // G >= 2**23
+        large = each >= 2**17 or each * r.numel() // G >= 2**23  # numel / G: tokens
         fits = dtype == torch.float32 and C % 4 == 0 and units // G % 4 == 0
         return large and fits and 2 * int(r.sum()) <= r.numel()
 
     def skip_experts(self, x: Tensor, r: Tensor) -> Tensor:
-        """W2 (GELU(W1 x) * r), each expert for its tokens alone; one that is off is not read."""
+        """W2 (GELU(W1 x) * r), each expert for its tokens alone: read if a token has it on."""
         G, shape, x = r.size(-1), x.shape, x.flatten(0, 1)
         w1, w2 = self.w1.weight.unflatten(0, (G, -1)), self.w2.weight.unflatten(1, (G, -1))
         expert, token = r.flatten(0, 1).mT.nonzero(as_tuple=True)  # in the order of experts
@@ -313,7 +312,7 @@ def round_mask(m: Tensor, training: bool) -> Tensor:
 
 
 def entropy(m: Tensor) -> Tensor:
-    """-m log2(m); 0 with slope 0 at m = 0, where the true slope, infinite, meets dm/dA = 0."""
+    """-m log2(m). At m = 0 it is 0 with slope 0: the true slope is infinite, but dm/dA is 0."""
     return -m * torch.log2(torch.where(m > 0, m, 1.0))
 
 
@@ -332,8 +331,8 @@ def tail(x: Tensor, like: Tensor) -> Tensor:
 
 
 class EncoderLayer(nn.Module):
-    """Makes e_l of e_{l-1}; also a layer of the plain GPT. With context.last all positions are
-    read, but what no later token reads is computed for the last one alone."""
+    """Makes e_l of e_{l-1}; also a layer of the plain GPT. With context.last, in a GPT's last
+    layer, what no later token reads is computed for the last position alone."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -351,8 +350,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Makes d_l of d_{l-1} and of e_l: of `memory`, LN(e_l), and its keys and values kv. d may be
-    shorter than memory: it is of the last positions. context.last is as in EncoderLayer."""
+    """Makes d_l of d (d_{l-1}, the lateral term added), of `memory`, LN(e_l), and of its keys and
+    values kv. d is of all positions or of the last one. context.last is as in EncoderLayer."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -374,16 +373,16 @@ class DecoderLayer(nn.Module):
         if self.attention is None:
             return d
         last = context.last and (self.ff.router is None or self.ff.router_input == "encoder")
-        y = self.attention(self.ln_attention(d), None, context, last)
+        y = self.attention(self.ln_attention(d), None, context, last)  # a router of d reads all
         return tail(d, y) + y
 
 
 class Stacks(NamedTuple):
-    """Every state of both streams, each (B, T, C), and the masks of every block."""
+    """Every state of both streams, each (B, T, C), and every mask; with `last` the newest alone."""
 
     e: list[Tensor]  # e_0 to e_L; empty for decoder_only
     d: list[Tensor]  # d_0 to d_L
-    masks: list[Mask]  # of e_1, d_1, e_2, d_2, ...; empty without experts
+    masks: list[Mask]  # of e_1, d_1, e_2, ..., or d_1, d_2, ...; empty without experts
 
 
 class ParallelEncoderDecoder(nn.Module):
@@ -414,13 +413,13 @@ class ParallelEncoderDecoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """N(0, 0.02) for the weights of each Linear; over sqrt(n) where a residual stream adds up n
-        outputs, as in GPT-2. Biases 0. LayerNorms and a router's shift stay as they were made."""
+        """Weights of each Linear with std 0.02; over sqrt(n) where a residual stream adds up n
+        outputs, as in GPT-2. Biases 0. The exceptions are said below."""
         c = self.config
-        in_decoder = 2 if c.arch == "decoder_only" else 2 + c.decoder_self_attention + 2 * c.lateral
+        of_d = 2 if c.arch == "decoder_only" else 2 + c.decoder_self_attention + 2 * c.lateral
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                n = c.n_layer * (in_decoder if name.startswith("decoder") else 2)
+                n = c.n_layer * (of_d if name.startswith("decoder") else 2)
                 n = n if name.endswith(("proj", "w2")) else 1
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(n))
                 if module.bias is not None:
@@ -474,17 +473,17 @@ class ParallelEncoderDecoder(nn.Module):
                 d, mask = layer(d, None, final if layer is self.decoder[-1] else usual)
                 all_d, masks = [d] if last else [*all_d, d], [*masks, mask]
         else:
-            e, d = x, x[:, -1:] if last and not self.past_of_d_is_read else x
+            e, d = x, (x[:, -1:] if last and not self.past_of_d_is_read else x)
             d = d if c.lateral else self.w_in(d)
             all_e, all_d, masks, before = [e], [d], [], e
-            for k in range(L + 1):  # e is e_k, d is d_{k-1}
+            for k in range(L + 1):  # from e_k and d_{k-1} (at first d_0): d_k, e_{k+1}
                 if k > 0 or c.shared_kv:
                     memory = self.ln_memory[f"e{k}"](e)
                     kv = self.key_value[f"e{k}"](memory, usual)
                 if k > 0 and c.lateral:
                     d = d + (tail(e, d) - tail(before, d))
                 before = e
-                if 0 < k < L and c.shared_kv and cache is not None and idx.size(1) == 1:
+                if 0 < k < L and c.shared_kv and last and cache is not None and idx.size(1) == 1:
                     d, e = self._pair(k, d, e, memory, kv, usual)
                     continue
                 if k > 0:
@@ -537,7 +536,7 @@ class ParallelEncoderDecoder(nn.Module):
         return Mask(*(torch.stack(m).unflatten(0, (self.config.n_layer, -1)) for m in masks))
 
     def _check(self, idx: Tensor, cache: Cache | None = None) -> None:
-        rows, past, size = "B", 0, self.config.block_size
+        rows, past, size = "B", 0, self.config.block_size  # B: any number
         if cache is not None and not isinstance(cache.length, Tensor):
             rows, past, size = cache.batch, cache.length, min(size, cache.size)
         fits = idx.dim() == 2 and not idx.is_floating_point() and 1 <= idx.size(1) <= size - past
@@ -562,7 +561,7 @@ class ParallelEncoderDecoder(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """What `generate` adds to idx (B, T), as it comes: (B, 1) each. A full window moves by half
-        a block. Each row in turn takes max_new_tokens numbers of the generator, or of torch's."""
+        a block. Row by row, max_new_tokens numbers are taken from the generator, or torch's."""
         self._check(idx[..., -self.config.block_size :])
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must not be negative")
@@ -589,7 +588,7 @@ class ParallelEncoderDecoder(nn.Module):
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Inside, a model that is in training is in evaluation."""
+    """Puts a model that is in training in evaluation; afterwards each module is as it was."""
     training = [m for m in model.modules() if m.training] if model.training else []
     for module in training:
         module.training = False
@@ -601,17 +600,18 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def compile_step(model: ParallelEncoderDecoder, **options: Any) -> None:
-    """Has `model.step` compiled, for one token behind a cache; options as in torch.compile."""
-    step, compiled = model.step, torch.compile(model.step, fullgraph=True, dynamic=False, **options)
+    """Compiles `model.step` for one token behind a cache; options are those of torch.compile."""
+    eager = type(model).step
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False, **options)
 
-    def step_or_compiled(idx: Tensor, cache: Cache | None = None) -> Tensor:
+    def step(self: ParallelEncoderDecoder, idx: Tensor, cache: Cache | None = None) -> Tensor:
         past = 0 if cache is None else cache.length
         if idx.size(1) > 1 or (isinstance(past, int) and past == 0):
-            return step(idx, cache)
+            return eager(self, idx, cache)
         cache.length = torch.as_tensor(past, device=idx.device)
-        return compiled(idx, cache)
+        return compiled(self, idx, cache)
 
-    model.step = step_or_compiled
+    model.step = MethodType(step, model)  # a method: a copy of the model runs its own weights
 
 
 def window_start(length: int, block_size: int) -> int:
@@ -633,8 +633,8 @@ def sample_token(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be in (0, 1], or None for all tokens")
     highest = logits.amax(dim=-1, keepdim=True)
-    if not math.isfinite(highest.sum()):  # one look at the device for all rows
-        raise ValueError("the logits are not finite, hence some of the model's weights")
+    if not highest.isfinite().all():
+        raise ValueError("the logits are not finite; look at the model's weights")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits.float() - highest) / max(temperature, 1e-30)

@@ -1248,6 +1248,33 @@ def test_another_number_of_texts_is_compiled_again(compilations):
         assert len(compilations) == graphs
 
 
+def test_a_copy_of_a_compiled_model_has_weights_of_its_own(compilations):
+    model, text = build(LEAN), random_ids(1, 5)
+    compile_step(model)
+    before, other = model.generate(text, 9, temperature=0), copy.deepcopy(model)
+    with torch.no_grad():
+        other.tok_emb.weight.mul_(-1.0)
+        other.ln_out.weight.mul_(-2.0)
+    expected = build(LEAN)
+    expected.load_state_dict(other.state_dict())
+    assert torch.equal(
+        other.generate(text, 9, temperature=0), expected.generate(text, 9, temperature=0)
+    )
+    assert torch.equal(model.generate(text, 9, temperature=0), before)
+
+
+@torch.no_grad()
+def test_several_tokens_behind_a_compiled_step():
+    for fields in (LEAN, GPT, {"n_expert": 8}):
+        model, text = build(fields), random_ids(2, 9)
+        cache = Cache(model, 2, 16)
+        model.step(text[:, :4], cache)
+        cache.length = torch.tensor(4)
+        logits = model.step(text[:, 4:], cache)
+        assert logits.shape == (2, 1, 31)
+        torch.testing.assert_close(logits, all_logits(model, text)[:, -1:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_by_inductor():
