@@ -30,11 +30,10 @@ texts: 500 characters by the model of the CPU preset with its 16 experts, and by
 parameters with as many blocks (4) and fewer (3). GPT-2 reads no more than its positions, so it has
 512. Ours has a block of 96, which moves as the text grows, or of 512 as well. GPT-2 samples by
 `generate`, as users call it, or by the shortest loop around its model. Compiled, ours is
-`compile_step`, as sample.py calls it. GPT-2 is compiled with that loop and a static cache, and without
-guards, which is safe only while the number of texts and the size of the cache stay the same.
-Compiling is not timed with
-the rest, and takes less where torch has compiled the same before. One by one is one text with
-`use_cache=False`, times the number of texts.
+`compile_step`, as sample.py calls it. GPT-2 is compiled with that loop and a static cache, and
+without guards, which is safe only while the number of texts and the size of the cache stay the
+same. Compiling is not timed with the rest, and takes less where torch has compiled the same before.
+One by one is one text with `use_cache=False`, times the number of texts.
 
 experts: lean, shared_kv, whose routers read the encoder, with random masks that have a given number
 of 16 experts on. Experts that are off are skipped, or all are computed and masked. Sampling the
