@@ -154,12 +154,13 @@ class Cache:
     def __init__(self, model: nn.Module, batch: int, size: int):
         self.batch, self.size, self.buffers = batch, size, {}
         self.length: int | Tensor = 0  # 0 starts new texts; in a compiled step a 0-dim tensor
-        weight = next(model.parameters())
-        self.newest = weight.new_zeros(batch, 1, dtype=torch.long)  # token read, for token_shift
+        device = next(model.parameters()).device
+        self.newest = torch.zeros(batch, 1, dtype=torch.long, device=device)  # for token_shift
         for module in model.modules():
             if hasattr(module, "kv_shape"):
                 n_head, *widths = module.kv_shape
-                self.buffers[module] = [weight.new_zeros(batch, n_head, size, w) for w in widths]
+                zeros = next(module.parameters()).new_zeros
+                self.buffers[module] = [zeros(batch, n_head, size, width) for width in widths]
 
     def update(self, module: nn.Module, k: Tensor, v: Tensor) -> KV:
         """Writes keys and values of T new tokens in place, gives those of all. In a compiled step
@@ -275,8 +276,8 @@ class FeedForward(nn.Module):
         return self.dropout(self.w2(apply_mask(F.gelu(self.w1(x)), mask.used))), mask
 
     def skips(self, r: Tensor) -> bool:
-        """Whether skipping experts is faster, as measured on a CPU: if they are large, or tokens
-        many, and at most half of them on. (grouped_mm wants rows of a multiple of 16 bytes.)"""
+        """Whether skipping experts is faster, as measured on a CPU: if at most half are on, and an
+        expert is large or the tokens are many. (grouped_mm wants rows of 16 bytes times n.)"""
         if r.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         G, (units, C), dtype = r.size(-1), self.w1.weight.shape, self.w1.weight.dtype
@@ -378,7 +379,7 @@ class DecoderLayer(nn.Module):
 
 
 class Stacks(NamedTuple):
-    """Every state of both streams, each (B, T, C), and every mask; with `last` the newest alone."""
+    """Every state of both streams, each (B, T, C), and every mask; with `last` d[-1] alone."""
 
     e: list[Tensor]  # e_0 to e_L; empty for decoder_only
     d: list[Tensor]  # d_0 to d_L
@@ -414,7 +415,7 @@ class ParallelEncoderDecoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Weights of each Linear with std 0.02; over sqrt(n) where a residual stream adds up n
-        outputs, as in GPT-2. Biases 0. The exceptions are said below."""
+        outputs, as in GPT-2. Biases 0. Other LayerNorms, and shifts, stay as they were made."""
         c = self.config
         of_d = 2 if c.arch == "decoder_only" else 2 + c.decoder_self_attention + 2 * c.lateral
         for name, module in self.named_modules():
@@ -437,7 +438,6 @@ class ParallelEncoderDecoder(nn.Module):
         not count. loss = cross-entropy + penalty_scale (lambda_H H(m) + lambda_1 L1(m))."""
         if targets is None:
             return ModelOutput(self.step(idx), None, {})
-        self._check(idx)
         if targets.shape != idx.shape:
             raise ValueError(
                 f"targets is {tuple(targets.shape)}, idx {tuple(idx.shape)}: must be alike"
@@ -457,13 +457,13 @@ class ParallelEncoderDecoder(nn.Module):
         return ModelOutput(logits, loss, metrics)
 
     def step(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """The logits (B, 1, V) of what follows idx (B, T), which is read behind what is cached."""
-        self._check(idx, cache)
+        """The logits (B, 1, V) of what follows idx (B, T), behind a cache: under torch.no_grad."""
         d = self.stacks(idx, cache, last=True).d[-1]
         return F.linear(self.ln_out(d[:, -1:]), self.tok_emb.weight)
 
     def stacks(self, idx: Tensor, cache: Cache | None = None, last: bool = False) -> Stacks:
         """Both streams of idx (B, T), layer by layer; with `last` what the last logits need."""
+        self._check(idx, cache)
         c, L = self.config, self.config.n_layer
         x, rotation = self.embed(idx, cache)
         usual, final = Context(rotation, cache), Context(rotation, cache, last)
@@ -530,7 +530,6 @@ class ParallelEncoderDecoder(nn.Module):
         first. ValueError for a model without experts."""
         if self.config.n_expert == 0:
             raise ValueError("n_expert=0: this model has no experts")
-        self._check(idx)
         with evaluation(self):
             masks = zip(*self.stacks(idx).masks, strict=True)
         return Mask(*(torch.stack(m).unflatten(0, (self.config.n_layer, -1)) for m in masks))
@@ -561,7 +560,7 @@ class ParallelEncoderDecoder(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """What `generate` adds to idx (B, T), as it comes: (B, 1) each. A full window moves by half
-        a block. Row by row, max_new_tokens numbers are taken from the generator, or torch's."""
+        a block. Row after row takes its numbers from the generator; the rest as in sample_token."""
         self._check(idx[..., -self.config.block_size :])
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must not be negative")
@@ -588,8 +587,8 @@ class ParallelEncoderDecoder(nn.Module):
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Puts a model that is in training in evaluation; afterwards each module is as it was."""
-    training = [m for m in model.modules() if m.training] if model.training else []
+    """Puts all modules of the model in evaluation; afterwards each is as it was."""
+    training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
@@ -602,7 +601,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def compile_step(model: ParallelEncoderDecoder, **options: Any) -> None:
     """Compiles `model.step` for one token behind a cache; options are those of torch.compile."""
     eager = type(model).step
-    compiled = torch.compile(eager, fullgraph=True, dynamic=False, **options)
+    how = dict(fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=1000)
+    compiled = torch.compile(eager, **how, **options)
 
     def step(self: ParallelEncoderDecoder, idx: Tensor, cache: Cache | None = None) -> Tensor:
         past = 0 if cache is None else cache.length

@@ -338,6 +338,8 @@ def test_rotary_by_hand():
                 (complex(u, v) * np.exp(1j * angle)).imag,
             )
             assert got[t, [pair, pair + 2]] == pytest.approx(turned, abs=1e-12)
+    bf16 = ParallelEncoderDecoder(config).bfloat16()
+    assert bf16.embed(torch.zeros(1, 5, dtype=torch.long), None)[1].dtype == torch.float32
     later = model_file.heads(torch.tensor(x)[None, -2:], 1, rotation=rotation)[0, 0].numpy()
     assert later == pytest.approx(got[-2:])  # a shorter x has the last positions
 
@@ -399,9 +401,9 @@ def test_every_parameter_gets_a_gradient(fields):
 def test_learns_one_batch_by_heart(fields):
     model = build(fields, spread=False).train()
     idx, targets = random_ids(2, 16), random_ids(2, 16, seed=2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
-    for _ in range(200):
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=100)
+    for _ in range(100):
         output = model(idx, targets)
         optimizer.zero_grad()
         output.loss.backward()
@@ -511,9 +513,7 @@ def test_whether_a_latent_of_the_decoder_is_context(fields, read):
     assert all(x.shape == (2, 16, 24) for x in latents)
     assert all(x.grad[:, -1].abs().max() > 0 for x in latents)
     earlier = [x.grad[:, :-1].abs().max().item() for x in latents]
-    last = max(range(len(latents)), key=lambda k: latents[k] is latents[-1])
-    final = earlier.pop(last)  # of the last layer's output nothing is read but the same position
-    assert final == 0.0
+    assert earlier.pop() == 0.0  # of the last layer's output the same position alone is read
     assert (max(earlier) > 0) is read and (read or set(earlier) == {0.0})
 
 
@@ -567,7 +567,12 @@ def rows_computed(model, idx):
     ids=str,
 )
 def test_a_prefill_computes_what_somebody_reads_alone(fields, expected):
-    for name, rows in rows_computed(build(fields), random_ids(2, 9)).items():
+    model = build(fields)
+    found = rows_computed(model, random_ids(2, 9))
+    c = model.config
+    per_layer = 3 if c.arch == "decoder_only" else 3 + 2 * c.decoder_self_attention
+    assert len(found) == 2 * (per_layer + (c.arch == "decoder_only" or c.decoder_self_attention))
+    for name, rows in found.items():
         assert rows == next(n for p, n in expected.items() if re.match(p, name)), name
 
 
@@ -959,6 +964,23 @@ def test_when_experts_are_skipped(monkeypatch):
         assert not skips(large.double(), 1)
 
 
+@torch.no_grad()
+def test_large_experts_are_skipped_by_the_rule(monkeypatch):
+    sizes = dict(block_size=8, vocab_size=1003, n_layer=1, n_head=6, n_embd=768, n_expert=16)
+    torch.manual_seed(0)
+    model, text = ParallelEncoderDecoder(ModelConfig(**sizes)).eval(), torch.tensor([[1, 2, 3]])
+    for layer in (*model.encoder, *model.decoder):
+        layer.ff.router.shift.copy_(torch.arange(16) % 4 * math.pi / 3)  # half of the experts on
+    skip, called = FeedForward.skip_experts, []
+    monkeypatch.setattr(
+        FeedForward, "skip_experts", lambda self, x, r: called.append(r.mean()) or skip(self, x, r)
+    )
+    skipped = [model.generate(text, 8, temperature=0, use_cache=c) for c in (True, False)]
+    assert called and max(called) <= 0.5
+    monkeypatch.setattr(FeedForward, "skips", lambda *_: False)
+    assert all(torch.equal(model.generate(text, 8, temperature=0), x) for x in skipped)
+
+
 @pytest.mark.parametrize(
     "fields", [{}, GPT | {"bias": True}, LEAN | {"router_input": "encoder"}], ids=str
 )
@@ -1037,7 +1059,7 @@ def kept(model):
 
 def test_what_a_cache_keeps():
     heads = [(1, 2, 16, 12)] * 2
-    own, cross = ["encoder.0.attention.key_value", "encoder.1.attention.key_value"], []
+    own = ["encoder.0.attention.key_value", "encoder.1.attention.key_value"]
     cross = ["key_value.e1", "key_value.e2"]
     decoder = ["decoder.0.attention.key_value", "decoder.1.attention.key_value"]
     assert kept(build()) == dict.fromkeys([*own, *cross, *decoder], heads)
@@ -1142,8 +1164,10 @@ def test_between_tokens_each_module_is_in_the_mode_that_it_had():
     with pytest.raises(ValueError):
         model.generate(random_ids(1, 4), 1, temperature=-1)
     assert {name: module.training for name, module in model.named_modules()} == modes
-    again = [model.generate(random_ids(1, 4), 9, temperature=0) for _ in range(2)]
-    assert torch.equal(*again)  # without dropout
+    for _ in range(2):
+        again = [model.generate(random_ids(1, 4), 9, temperature=0) for _ in range(2)]
+        assert torch.equal(*again)  # without dropout
+        model.eval().encoder.train()  # also where a part alone is in training
 
 
 def test_a_token_that_stream_gave_can_be_trained_on():
@@ -1194,14 +1218,17 @@ def test_sampling_follows_the_distribution():
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
 def test_generation_in_bfloat16(use_cache):
-    for fields in (LEAN | NEW, GPT, {"n_expert": 8}):
-        model = build(fields).bfloat16()
-        assert model.generate(random_ids(2, 4), 20, use_cache=use_cache).shape == (2, 24)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert build(fields).generate(random_ids(2, 4), 20, use_cache=use_cache).shape == (
-                2,
-                24,
-            )
+    for fields in (LEAN | NEW, GPT, {"bias": True}):
+        idx, expected = random_ids(2, 9), build(fields)(random_ids(2, 9)).logits
+        for autocast in (False, True):
+            model = build(fields) if autocast else build(fields).bfloat16()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                assert model.generate(idx, 20, use_cache=use_cache).shape == (2, 29)
+                cache = Cache(model, 2, 16)
+                for start, end in [(0, 5), *((t, t + 1) for t in range(5, 9))]:
+                    logits = model.step(idx[:, start:end], cache)
+                torch.testing.assert_close(logits, model(idx).logits, atol=0.03, rtol=0.05)
+            torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0.05)
 
 
 # ---- compiled ---------------------------------------------------------------
@@ -1240,6 +1267,16 @@ def test_the_compiled_step_draws_the_same(fields, batch, compilations):
     draws = [model.generate(texts[0], 20, generator=torch.Generator().manual_seed(0)) for _ in "12"]
     assert torch.equal(*draws) and len(compilations) == 1
     assert torch.equal(model.generate(texts[0], **how, use_cache=False), expected[0])
+
+
+def test_any_number_of_sizes_is_compiled(compilations):
+    model = build(LEAN | {"n_layer": 1})
+    compile_step(model)
+    for new in range(2, 14):  # more than torch's usual limit of 8
+        text = random_ids(1, 2)
+        expected = model.generate(text, new, temperature=0, use_cache=False)
+        assert torch.equal(model.generate(text, new, temperature=0), expected)
+    assert len(compilations) == 12
 
 
 def test_another_number_of_texts_is_compiled_again(compilations):
@@ -1287,7 +1324,11 @@ def test_compiled_by_inductor():
         assert torch.equal(model.generate(text, 30, temperature=0), expected)
 
 
-@every_variant
+@pytest.mark.parametrize(
+    "fields",
+    [*VARIANTS[:2], LEAN | NEW | {"bias": True}, *EXPERTS[:5], *COMPILED],
+    ids=variant_name,
+)
 def test_compiles_into_one_graph(fields, compilations):
     model, idx = build(fields), random_ids(2, 16)
     compiled = torch.compile(model, fullgraph=True)
@@ -1449,15 +1490,3 @@ def test_model_file_stands_alone(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.strip() == "torch.Size([1, 10])", done.stderr
-
-
-def test_model_file_keeps_to_its_size():
-    source = Path(model_file.__file__).read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 650 and source.count("# fmt: skip") <= 1
-    root = Path(model_file.__file__).parent
-    with_attention = [
-        path.name
-        for path in root.rglob("*.py")
-        if "scaled_dot_product" + "_attention(" in path.read_text("utf-8")
-    ]
-    assert with_attention == ["model.py"]

@@ -1021,8 +1021,7 @@ def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated)
 @pytest.mark.parametrize(
     "fields",
     [
-        "--n_layer=2 --n_expert=8 --l1_weight=0.05",
-        "--n_layer=2 --n_expert=8 --router_input=encoder --lateral=True --shared_kv=True "
+        "--n_layer=2 --n_expert=8 --l1_weight=0.05 --lateral=True --shared_kv=True "
         "--decoder_self_attention=False --position_embedding=rotary --token_shift=True",
         "--n_layer=2 --arch=decoder_only --optimizer=adamw --bias=True",
     ],
@@ -1169,8 +1168,8 @@ def test_a_run_logs_what_its_experts_do(twice_accumulated):
     for row in rows[:3]:  # the penalties' weights at that time
         s = min(1.0, row["iter"] / 15)
         exponential = (math.exp(5 * s) - 1) / (math.exp(5) - 1)
-        growth = next((g for n, g in (("=linear", s), ("=exponential", exponential)) if n in
-                       " ".join(args)), 1.0)  # fmt: skip
+        growths = {"linear": s, "exponential": exponential}
+        growth = next((g for n, g in growths.items() if f"--penalty_schedule={n}" in args), 1.0)
         for name in ("l1_weight", "entropy_weight"):
             weight = float((re.findall(rf"--{name}=(\S+)", " ".join(args)) or [0])[0])
             assert row[name] == pytest.approx(growth * weight)
@@ -1182,6 +1181,22 @@ def test_a_run_logs_what_its_experts_do(twice_accumulated):
     expected = (r >= 0.5).float().mean(dim=(2, 3, 4))
     assert np.allclose(rows[2]["experts_on"], expected, atol=1e-6)
     assert torch.equal(checkpoint["decisions"], r >= 0.5)
+
+
+def test_the_penalties_grow_as_their_schedule_says(workplace):
+    """Not grown yet, they are no penalties; and a resumed run keeps its schedule."""
+    experts = (*TINY, "--n_expert=8")
+    late = ("--l1_weight=5.0", "--penalty_schedule=linear", "--penalty_iters=1000000000000000")
+    succeed(workplace, "train.py", *experts, "--out_dir=none")
+    succeed(workplace, "train.py", *experts, *late, "--out_dir=late")
+    succeed(workplace, "train.py", *experts, "--l1_weight=5.0", "--out_dir=full")
+    none, late, full = (weights(workplace / name) for name in ("none", "late", "full"))
+    assert all(torch.allclose(none[n], late[n], atol=1e-5) for n in none)
+    assert max((none[n] - full[n]).abs().max() for n in none) > 1e-3
+    args = ("--out_dir=late", "--init_from=resume", "--max_iters=30")
+    printed = succeed(workplace, "train.py", *TINY, *args)
+    assert "penalty_schedule='linear', as in the checkpoint (not 'constant')" in printed
+    assert evaluations(workplace / "late")[-2]["l1_weight"] < 1e-5
 
 
 def test_max_seconds_bounds_a_run_and_stretches_its_schedule(workplace):
@@ -1482,13 +1497,13 @@ def test_a_field_that_a_checkpoint_lacks_takes_its_default(trained, workplace):
 @pytest.mark.parametrize(
     "argument, said",
     [
-        ("--cross_first=True", "'cross_first' is gone: it is an ablation now"),
-        ("--n_cross_head=4", "'n_cross_head' is gone: it is an ablation now"),
-        ("--next_position=add", "'next_position' is gone: it is an ablation now"),
-        ("--rounding=none", "'rounding' is gone: it is an ablation now"),
-        ("--rounding_scale=6.0", "'rounding_scale' is gone: it is an ablation now"),
-        ("--router_detach", "'router_detach' is gone: it is an ablation now"),
-        ("--router_input=embedding", "router_input='embedding' is gone: it is an ablation now"),
+        ("--cross_first=True", "'cross_first' is gone: now an ablation"),
+        ("--n_cross_head=4", "'n_cross_head' is gone: now an ablation"),
+        ("--next_position=add", "'next_position' is gone: now an ablation"),
+        ("--rounding=none", "'rounding' is gone: now an ablation"),
+        ("--rounding_scale=6.0", "'rounding_scale' is gone: now an ablation"),
+        ("--router_detach", "'router_detach' is gone: now an ablation"),
+        ("--router_input=embedding", "router_input='embedding' is gone: now an ablation"),
         ("--encoder_loss=mse", "'encoder_loss' is gone: the last commit that has it is fd66022"),
         ("--encoder_loss_weight=2", "'encoder_loss_weight' is gone: the last commit that has it"),
         ("--penalty_schedule=cosine", "penalty_schedule='cosine': must be one of constant, linear"),
@@ -1568,3 +1583,11 @@ def test_a_missing_data_set_is_prepared(tmp_path, text):
     started = time.time()
     assert "text:" not in succeed(tmp_path, "train.py", *args)
     assert (tmp_path / "data/shakespeare_char/meta.json").stat().st_mtime < started
+
+
+def test_model_py_keeps_to_its_size_and_attends_at_one_place():
+    source = (HERE / "model.py").read_text("utf-8")
+    assert len(source.splitlines()) <= 650 and source.count("# fmt: skip") <= 1
+    files = [*HERE.glob("*.py"), *HERE.glob("config/*.py"), *HERE.glob("experiments/**/*.py")]
+    name = "scaled_dot_product" + "_attention"
+    assert [path.name for path in files if name in path.read_text("utf-8")] == ["model.py"]

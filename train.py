@@ -262,7 +262,10 @@ try:
         vocab_size = raw_model.config.vocab_size
         if checkpoint["tokenizer"] != asdict(tokenizer) or vocab_size != tokenizer.vocab_size:
             raise ValueError(f"{data_dir}: not the vocabulary that {out_dir} was trained with")
-        for name, value in asdict(raw_model.config).items():
+        kept = {n: v for n, v in checkpoint["config"].items() if n.startswith("penalty_")}
+        if any(type(v) is not type(settings.get(n)) for n, v in kept.items()):
+            raise ValueError(f"{out_dir}/ckpt.pt: its config has {kept}")
+        for name, value in (asdict(raw_model.config) | kept).items():
             if name in settings and settings[name] != value:
                 print(f"{name}={value!r}, as in the checkpoint (not {settings[name]!r})")
                 settings[name] = globals()[name] = value
@@ -276,7 +279,7 @@ try:
         from torch.distributed.device_mesh import init_device_mesh  # these take a second
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        # FSDP warns of modules that return views, as of keys and values; we change none in place.
+        # FSDP warns of modules that return views, as of keys and values; we never modify them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         mesh = init_device_mesh(device_type, (world_size,))
         layers = [m for m in raw_model.modules() if isinstance(m, EncoderLayer | DecoderLayer)]
@@ -309,7 +312,7 @@ except (ValueError, RuntimeError) as error:  # the latter: a seed too large, no 
 has_experts = raw_model.config.n_expert > 0
 model = torch.compile(raw_model) if compile else raw_model
 if ddp and not fsdp:
-    model = DistributedDataParallel(model, forward_sync_buffers=False)
+    model = DistributedDataParallel(model)
 evaluates = master or fsdp  # a model in shares needs all of them, and all compute the same
 
 
@@ -605,7 +608,7 @@ while True:
         largest = muon_learning_rate if isinstance(opt, Muon) else learning_rate
         for group in opt.param_groups:
             group["lr"] = largest * lr / learning_rate
-    penalty_scale = torch.tensor(get_penalty_scale(schedule_iter), device=device)
+    penalty_scale = torch.full((), get_penalty_scale(schedule_iter), device=device)
     logged = torch.zeros(2, device=device)  # the loss, and the share of experts on
     for micro_step in range(micro_steps):
         x, y = get_batch("train", 0, iter_num, micro_step * world_size + rank)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from config import printable
-from model import ParallelEncoderDecoder, window_start
+from model import ParallelEncoderDecoder, evaluation, window_start
 from prepare_shakespeare import Tokenizer
 
 N_LIKELY = 8  # next tokens that the page shows for each token
@@ -54,12 +54,8 @@ def see(model: ParallelEncoderDecoder, tokenizer: Tokenizer, text: Tensor) -> Se
 
 def all_logits(model: ParallelEncoderDecoder, window: Tensor) -> Tensor:
     """The logits (1, T, V) at every position of a window (1, T), in evaluation."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluation(model):
         return model(window, window).logits
-    finally:
-        model.train(training)
 
 
 def in_colour(seen: Seen) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 Settings = dict[str, Any]
 
 # Settings that there were once, and what took their place.
-ABLATION = "it is an ablation now, of experiments/ablations.py"
+ABLATION = "now an ablation: see experiments/ablations.py"
 RETIRED = {
     "cross_first": ABLATION,
     "n_cross_head": ABLATION,

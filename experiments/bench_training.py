@@ -7,7 +7,7 @@ Prints a table per size and writes experiments/bench_training.json. All models h
 as many heads, learn from one batch in float32 and take turns, so that all meet the same noise.
 Speed is relative to the decoder-only model: seven layers, whose matrices three parallel layers
 match (28 C² a layer against 12 C²). The lateral variant without decoder self-attention has 24 C² a
-layer, which an odd number of decoder-only layers does not meet: read its speed x parameters.
+layer, that is two decoder-only layers. Beside an odd number of them, read speed x parameters.
 The share of the GEMM peak is of the peak measured right before each turn, since that of a shared
 machine changes from minute to minute.
 

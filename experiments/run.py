@@ -35,7 +35,7 @@ RESULTS = HERE / "results.jsonl"
 # The canonical layer at the size of the presets, or decoder-only, for 1,000 iterations.
 SHORT = "--block_size=64 --max_iters=1000 --lr_decay_iters=1000 --eval_interval=250"
 SMALL = f"config/canonical.py {SHORT}"
-# The layer of the presets.
+# The layer of the presets up to commit fd66022.
 LATERAL = "--lateral=True --decoder_self_attention=False"
 EXPERTS = (
     f"{SMALL} --n_expert=16 --l1_norm=squared --l1_weight=1.0 --penalty_schedule=exponential "
@@ -107,7 +107,7 @@ def sizes() -> Iterator[dict]:
 
 
 def large() -> Iterator[dict]:
-    """The presets' layer and a GPT of 11 million parameters, half an hour each."""
+    """The presets' layer, up to fd66022, and a GPT of 11 million parameters, half an hour each."""
     steps = (
         "--block_size=256 --batch_size=8 --max_iters=800 --lr_decay_iters=800 --n_head=6 "
         "--learning_rate=3e-3 --eval_interval=200"
