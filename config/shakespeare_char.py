@@ -14,7 +14,8 @@ lateral = True
 decoder_self_attention = False
 shared_kv = True
 
-# 16 experts in each feed-forward block; the decoder's routers read the decoder. The penalty grows over the run, most at the end.
+# 16 experts in each feed-forward block; the decoder's routers read the decoder. The penalty grows
+# over the run, most at the end.
 n_expert = 16
 l1_norm = "squared"
 l1_weight = 0.05
