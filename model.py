@@ -18,7 +18,7 @@ Where T queries meet S keys, they are those of the last T tokens. This file need
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import MethodType
@@ -530,7 +530,7 @@ class ParallelEncoderDecoder(nn.Module):
         first. ValueError for a model without experts."""
         if self.config.n_expert == 0:
             raise ValueError("n_expert=0: this model has no experts")
-        with evaluation(self):
+        with evaluation(self.modules()):
             masks = zip(*self.stacks(idx).masks, strict=True)
         return Mask(*(torch.stack(m).unflatten(0, (self.config.n_layer, -1)) for m in masks))
 
@@ -567,7 +567,7 @@ class ParallelEncoderDecoder(nn.Module):
         (B, T), block_size, start, token = idx.shape, self.config.block_size, -1, idx
         device = idx.device if generator is None else generator.device
         draws = [torch.rand(max_new_tokens, generator=generator, device=device) for _ in range(B)]
-        draws = torch.stack(draws).to(idx.device)
+        draws, modules = torch.stack(draws).to(idx.device), [*self.modules()]
         text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         cache = Cache(self, B, min(block_size, T + max_new_tokens)) if use_cache else None
         for end in range(T, T + max_new_tokens):
@@ -578,7 +578,7 @@ class ParallelEncoderDecoder(nn.Module):
             elif cache is not None:  # prefill: the prompt, later a window that has moved
                 cache.length = 0
                 window = window[:1] if (window == window[:1]).all() else window  # one serves all
-            with torch.inference_mode(), evaluation(self):
+            with torch.inference_mode(), evaluation(modules):
                 logits = self.step(window, cache)[:, -1].expand(B, -1)
             token = sample_token(logits, draws[:, end - T], temperature, top_k, top_p)
             text[:, end : end + 1] = token
@@ -586,9 +586,9 @@ class ParallelEncoderDecoder(nn.Module):
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Puts all modules of the model in evaluation; afterwards each is as it was."""
-    training = [module for module in model.modules() if module.training]
+def evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, all modules are in evaluation; afterwards each is as it was."""
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

@@ -1023,7 +1023,7 @@ def test_greedy_generation_is_the_argmax_of_the_window(fields, use_cache):
 @every_variant
 def test_cached_and_uncached_texts_are_the_same(fields):
     model, text = build(fields).double(), random_ids(3, 5)  # so that no rounding parts a tie
-    for how in (dict(temperature=0), dict(temperature=1.0), dict(temperature=0.7, top_k=9)):
+    for how in (dict(temperature=0), dict(temperature=0.7, top_k=9)):
         both = [
             model.generate(text, 40, use_cache=c, generator=torch.Generator().manual_seed(0), **how)
             for c in (True, False)

@@ -54,7 +54,7 @@ def see(model: ParallelEncoderDecoder, tokenizer: Tokenizer, text: Tensor) -> Se
 
 def all_logits(model: ParallelEncoderDecoder, window: Tensor) -> Tensor:
     """The logits (1, T, V) at every position of a window (1, T), in evaluation."""
-    with evaluation(model):
+    with evaluation(model.modules()):
         return model(window, window).logits
 
 
