@@ -22,6 +22,8 @@ from model import ModelConfig, ParallelEncoderDecoder
 FORMAT = 2  # of a checkpoint; format 1 is of a model with other equations
 LAST_COMMIT_OF_FORMAT_1 = "fd66022"
 
+ABLATIONS: list[str] = []  # of this process; experiments/ablations.py fills it
+
 # What train.py saves beside the model, to go on from.
 ENTRIES = {
     "optimizers": list,
@@ -86,6 +88,11 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
             raise ValueError(f"it has format 1, which commit {LAST_COMMIT_OF_FORMAT_1} reads")
         if version != FORMAT:
             raise ValueError(f"its format is {version!r}: must be {FORMAT}")
+        if (saved := checkpoint.get("ablations", [])) != ABLATIONS:
+            raise ValueError(
+                f"its ablations are {saved}, here they are {ABLATIONS}: run this by "
+                "experiments/ablations.py"
+            )
         for name, kind in ENTRIES.items():
             value = checkpoint.get(name, kind())
             if type(value) is not kind or (kind in (int, float) and not value >= 0):

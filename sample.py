@@ -33,7 +33,7 @@ show_experts = False  # colour each token by its experts, in a terminal or with 
 html = ""  # a page to write, which shows what the experts do at each token
 checkpoint = "ckpt.pt"  # or ckpt_best.pt, where train.py left one
 device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
-compile = False  # torch.compile: small models draw faster after half a minute of compiling
+compile = False  # torch.compile: small models sample faster, after 10 to 30 s of compiling
 # -----------------------------------------------------------------------------
 globals().update(override(globals(), sys.argv[1:]))
 

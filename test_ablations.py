@@ -651,7 +651,7 @@ def test_the_script_gets_the_classes_and_its_arguments(tmp_path, monkeypatch, ca
         with ablations.restored():
             ablations.main(args)
         note, printed = capsys.readouterr().out.splitlines()
-        assert note.startswith("serial()") and "a checkpoint does not say so" in note
+        assert note.startswith("serial()") and "name it again" in note
         assert printed == f"{argv} serial.<locals>.EncoderLayer {classes}"
 
 
@@ -681,7 +681,7 @@ def test_trains_and_samples_as_a_user_would(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(*args):
-        command = [sys.executable, *(str(ROOT / a) if a.endswith(".py") else a for a in args)]
+        command = [sys.executable, str(ROOT / args[0]), *args[1:]]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -691,7 +691,14 @@ def test_trains_and_samples_as_a_user_would(tmp_path):
     steps = "--max_iters=4 --lr_decay_iters=4 --eval_interval=4 --eval_iters=1 --log_interval=1"
     settings = f"{sizes} {steps} --dataset=mine --out_dir=out --device=cpu".split()
     printed = run("experiments/ablations.py", "serial()", *settings)
-    assert printed.startswith("serial(): a checkpoint does not say so")
+    assert printed.startswith("serial(): name it again to resume or to sample")
     assert re.search(r"(?m)^iter 3: loss [34]\.\d{4}, ", printed)
     assert re.search(r"(?m)^whole validation split: loss [34]\.\d{4}", printed)
     assert (tmp_path / "out" / "ckpt.pt").exists()
+    with pytest.raises(
+        AssertionError, match=r"its ablations are \['serial\(\)'\], here they are \[\]"
+    ):
+        run("sample.py", "--out_dir=out", "--device=cpu")
+    sampled = run("experiments/ablations.py", "serial()", "sample.py", "--out_dir=out",
+                  "--device=cpu", "--start=a", "--max_new_tokens=5")  # fmt: skip
+    assert sampled.count("---\n") == 3

@@ -1497,13 +1497,16 @@ def test_a_field_that_a_checkpoint_lacks_takes_its_default(trained, workplace):
 @pytest.mark.parametrize(
     "argument, said",
     [
-        ("--cross_first=True", "'cross_first' is gone: now an ablation"),
-        ("--n_cross_head=4", "'n_cross_head' is gone: now an ablation"),
-        ("--next_position=add", "'next_position' is gone: now an ablation"),
-        ("--rounding=none", "'rounding' is gone: now an ablation"),
-        ("--rounding_scale=6.0", "'rounding_scale' is gone: now an ablation"),
-        ("--router_detach", "'router_detach' is gone: now an ablation"),
-        ("--router_input=embedding", "router_input='embedding' is gone: now an ablation"),
+        ("--cross_first=True", "'cross_first' is gone: run it by experiments/ablations.py"),
+        ("--n_cross_head=4", "'n_cross_head' is gone: run it by experiments/ablations.py"),
+        ("--next_position=add", "'next_position' is gone: run it by experiments/ablations.py"),
+        ("--rounding=none", "'rounding' is gone: run it by experiments/ablations.py"),
+        ("--rounding_scale=6.0", "'rounding_scale' is gone: run it by experiments/ablations.py"),
+        ("--router_detach", "'router_detach' is gone: run it by experiments/ablations.py"),
+        (
+            "--router_input=embedding",
+            "router_input='embedding' is gone: run it by experiments/ablations.py",
+        ),
         ("--encoder_loss=mse", "'encoder_loss' is gone: the last commit that has it is fd66022"),
         ("--encoder_loss_weight=2", "'encoder_loss_weight' is gone: the last commit that has it"),
         ("--penalty_schedule=cosine", "penalty_schedule='cosine': must be one of constant, linear"),

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import FORMAT, lacks_memory, load_checkpoint, write_whole
+from checkpoint import ABLATIONS, FORMAT, lacks_memory, load_checkpoint, write_whole
 from config import fail, override, pick_device, printable
 from mfu import estimate_mfu
 from model import (
@@ -414,6 +414,7 @@ def save_checkpoint(is_best: bool) -> None:
     global saved_is_best, saved_iter
     checkpoint = {
         "format": FORMAT,
+        "ablations": ABLATIONS,
         "model": gather(raw_model.state_dict()),
         "optimizers": [gather(opt.state_dict()) for opt in optimizers],
         "model_args": asdict(raw_model.config),

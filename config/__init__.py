@@ -17,15 +17,15 @@ from typing import Any, NoReturn
 Settings = dict[str, Any]
 
 # Settings that there were once, and what took their place.
-ABLATION = "now an ablation: see experiments/ablations.py"
+ABLATION = "run it by experiments/ablations.py"
 RETIRED = {
-    "cross_first": ABLATION,
-    "n_cross_head": ABLATION,
-    "next_position": ABLATION,
-    "router_detach": ABLATION,
-    "rounding": ABLATION,
-    "rounding_scale": ABLATION,
-    "router_input=embedding": ABLATION,
+    "cross_first": f"{ABLATION} cross_first()",
+    "n_cross_head": f"{ABLATION} n_cross_head(N)",
+    "next_position": f"{ABLATION} next_position('add')",
+    "router_detach": f"{ABLATION} router_detach()",
+    "rounding": f"{ABLATION} rounding('sigmoid')",
+    "rounding_scale": f"{ABLATION} rounding('sigmoid', SCALE)",
+    "router_input=embedding": f"{ABLATION} embedding_router()",
     "encoder_loss": "the last commit that has it is fd66022",
     "encoder_loss_weight": "the last commit that has it is fd66022",
 }

@@ -422,8 +422,13 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         print(f"ablations.py: {error}", file=sys.stderr)
         sys.exit(2)
+    import checkpoint  # only now, since it takes its classes from model.py
+
+    checkpoint.ABLATIONS[:] = named
     script = argv.pop(0) if argv and argv[0] in ("train.py", "sample.py") else "train.py"
-    print(f"{', '.join(named)}: a checkpoint does not say so; name it again to resume or to sample")
+    print(
+        f"{', '.join(named)}: name it again to resume or to sample; else its checkpoint is refused"
+    )
     sys.argv = [script, *argv]
     runpy.run_path(os.path.relpath(ROOT / script), run_name="__main__")
 
