@@ -374,12 +374,14 @@ def apply(classes: Classes) -> None:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """On leaving, model.py has the classes again that it had before."""
+    """On leaving, model.py has the classes again that it had before, and no ablation is named."""
     before = {name: value for name, value in vars(model).items() if isinstance(value, type)}
     try:
         yield
     finally:
         vars(model).update(before)
+        if "checkpoint" in sys.modules:
+            sys.modules["checkpoint"].ABLATIONS.clear()
 
 
 def read(text: str) -> Classes:
