@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import ABLATIONS, FORMAT, lacks_memory, load_checkpoint, write_whole
-from config import fail, override, pick_device, printable
+from config import check, fail, override, pick_device, printable
 from mfu import estimate_mfu
 from model import (
     DecoderLayer,
@@ -123,7 +123,7 @@ if mallopt:  # keep freed memory up to 32 MB a piece: each step asks for the sam
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts Ctrl-C just ends it
 settings = override(globals(), sys.argv[1:])
 globals().update(settings)
-for name, least in {
+LEAST = {
     "eval_interval": 1,
     "log_interval": 1,
     "eval_iters": 1,
@@ -138,20 +138,28 @@ for name, least in {
     "weight_decay": 0.0,
     "muon_weight_decay": 0.0,
     "seed": 0,
-}.items():
-    if not settings[name] >= least:  # NaN is not, either
-        fail(f"{name}={settings[name]}: must be at least {least}")
-for name, allowed in {
+}
+ALLOWED = {
     "init_from": ("scratch", "resume"),
     "dtype": ("auto", "bfloat16", "float32"),
     "backend": ("auto", "nccl", "gloo"),
     "optimizer": ("muon", "adamw"),
     "lr_schedule": ("cosine", "linear"),
     "penalty_schedule": ("constant", "linear", "exponential"),
-}.items():
-    if settings[name] not in allowed:
-        fail(f"{name}={settings[name]!r}: must be one of {', '.join(allowed)}")
+}
 
+
+def check_ranges() -> None:
+    """Ends the process where a setting is out of its range."""
+    for name, least in LEAST.items():
+        if not settings[name] >= least:  # NaN is not, either
+            fail(f"{name}={settings[name]}: must be at least {least}")
+    for name, allowed in ALLOWED.items():
+        if settings[name] not in allowed:
+            fail(f"{name}={settings[name]!r}: must be one of {', '.join(allowed)}")
+
+
+check_ranges()
 if min_lr > learning_rate:
     fail(f"min_lr={min_lr}: must be at most learning_rate={learning_rate}")
 if not 0 <= muon_momentum < 1:
@@ -262,13 +270,14 @@ try:
         vocab_size = raw_model.config.vocab_size
         if checkpoint["tokenizer"] != asdict(tokenizer) or vocab_size != tokenizer.vocab_size:
             raise ValueError(f"{data_dir}: not the vocabulary that {out_dir} was trained with")
-        kept = {n: v for n, v in checkpoint["config"].items() if n.startswith("penalty_")}
-        if any(type(v) is not type(settings.get(n)) for n, v in kept.items()):
-            raise ValueError(f"{out_dir}/ckpt.pt: its config has {kept}")
-        for name, value in (asdict(raw_model.config) | kept).items():
+        kept = asdict(raw_model.config)
+        for name in checkpoint["config"].keys() & {"penalty_schedule", "penalty_iters"}:
+            kept[name] = check(name, checkpoint["config"][name], settings, f"{out_dir}/ckpt.pt")
+        for name, value in kept.items():
             if name in settings and settings[name] != value:
                 print(f"{name}={value!r}, as in the checkpoint (not {settings[name]!r})")
                 settings[name] = globals()[name] = value
+        check_ranges()
     else:
         model_args = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
         config = ModelConfig(vocab_size=tokenizer.vocab_size, **model_args)
