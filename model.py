@@ -407,8 +407,6 @@ class ParallelEncoderDecoder(nn.Module):
             self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(L))
         layer = DecoderLayer if config.arch == "parallel" else EncoderLayer
         self.decoder = nn.ModuleList(layer(config) for _ in range(L))
-        routes_d = config.n_expert > 0 and config.router_input == "hidden"
-        self.past_of_d_is_read = config.decoder_self_attention or routes_d
         self.ln_out = nn.LayerNorm(C, bias=bias)
         self.init_weights()
 
@@ -473,7 +471,8 @@ class ParallelEncoderDecoder(nn.Module):
                 d, mask = layer(d, None, final if layer is self.decoder[-1] else usual)
                 all_d, masks = [d] if last else [*all_d, d], [*masks, mask]
         else:
-            e, d = x, (x[:, -1:] if last and not self.past_of_d_is_read else x)
+            routes_d = c.n_expert > 0 and c.router_input == "hidden"
+            e, d = x, (x if c.decoder_self_attention or routes_d or not last else x[:, -1:])
             d = d if c.lateral else self.w_in(d)
             all_e, all_d, masks, before = [e], [d], [], e
             for k in range(L + 1):  # from e_k and d_{k-1} (at first d_0): d_k, e_{k+1}
@@ -494,7 +493,8 @@ class ParallelEncoderDecoder(nn.Module):
                     all_e, masks = [e] if last else [*all_e, e], [*masks, mask]
         if cache is not None:
             cache.length = cache.length + idx.size(1)
-            cache.newest.copy_(idx[:, -1:])
+            if c.token_shift:
+                cache.newest.copy_(idx[:, -1:])
         return Stacks(all_e, all_d, masks if c.n_expert > 0 else [])
 
     def _pair(self, k, d, e, memory, kv, context):
