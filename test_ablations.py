@@ -18,20 +18,18 @@ import torch
 from torch.nn import functional as F
 
 import model as model_file
+from test_model import GPT, LEAN, SMALL, assert_router_slope, random_ids
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import ablations  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are small, and the cores may be shared
-SMALL = dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=24)
-LEAN = dict(lateral=True, decoder_self_attention=False, shared_kv=True)
 # What the old lateral connection is compared with the new one under.
 LEAN_W_LAT = dict(decoder_self_attention=False, shared_kv=True, position_embedding="rotary")
 LEAN_W_LAT |= dict(qk_norm=True, token_shift=True)
 ENCODER = dict(n_expert=8, router_input="encoder", l1_weight=0.1, entropy_weight=0.05)
 OUTPUT = dict(n_expert=8, expert_site="output", router_n_head=2, router_head_dim=5)
-GPT = dict(arch="decoder_only")
 
 # Ablations, separated by spaces, and the fields of a model that they are tried with.
 VARIANTS = [
@@ -104,10 +102,6 @@ def build(text="", fields=None, seed=0, spread=True):
             for name, p in model.named_parameters():
                 p.add_(torch.randn_like(p) * (1.0 if "router" in name else 0.2))
     return model.double().eval()
-
-
-def random_ids(*shape, seed=1, vocab_size=SMALL["vocab_size"]):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def close(actual, expected, atol=1e-9):
@@ -482,24 +476,7 @@ def test_soft_masks_never_skip_experts():
 def test_the_gradient_of_the_router_is_that_of_finite_differences(rounding, more, fields):
     """Through mask, block and penalties."""
     fields = {**fields, "entropy_weight": 0.3, "l1_weight": 0.2}
-    model, idx = build(rounding + more, fields).train(), random_ids(2, 8)
-    parameters = [p for n, p in model.named_parameters() if "router" in n]
-    model(idx, idx).loss.backward()
-    torch.manual_seed(1)
-    direction = [torch.randn_like(p) for p in parameters]
-    slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True)).item()
-
-    @torch.no_grad()
-    def moved(step):
-        for p, d in zip(parameters, direction, strict=True):
-            p.add_(d, alpha=step)
-        loss = model(idx, idx).loss.item()
-        for p, d in zip(parameters, direction, strict=True):
-            p.sub_(d, alpha=step)
-        return loss
-
-    h = 1e-6
-    assert slope == pytest.approx((moved(h) - moved(-h)) / (2 * h), rel=1e-4)
+    assert_router_slope(build(rounding + more, fields).train(), random_ids(2, 8))
 
 
 @pytest.mark.parametrize("embedding", ["", "embedding_router()"])

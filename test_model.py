@@ -835,12 +835,9 @@ def test_entropy_slope_meets_the_slope_of_the_mask():
     assert m.grad.item() == 0
 
 
-@every_expert_variant
-def test_the_gradient_of_the_router_is_that_of_the_unrounded_path(fields, monkeypatch):
-    """Autograd through mask, block and penalties, against finite differences, with r = m."""
-    monkeypatch.setattr(model_file, "round_mask", lambda m, training: m)
-    fields = {**fields, "entropy_weight": 0.3, "l1_weight": 0.2}
-    model, idx = build(fields).double().train(), random_ids(2, 8)
+def assert_router_slope(model, idx):
+    """The slope of the loss along a direction of the routers' parameters: by autograd, and by
+    finite differences."""
     parameters = [p for n, p in model.named_parameters() if "router" in n]
     model(idx, idx).loss.backward()
     torch.manual_seed(1)
@@ -858,6 +855,14 @@ def test_the_gradient_of_the_router_is_that_of_the_unrounded_path(fields, monkey
 
     h = 1e-6
     assert slope == pytest.approx((moved(h) - moved(-h)) / (2 * h), rel=1e-4)
+
+
+@every_expert_variant
+def test_the_gradient_of_the_router_is_that_of_the_unrounded_path(fields, monkeypatch):
+    """Autograd through mask, block and penalties, against finite differences, with r = m."""
+    monkeypatch.setattr(model_file, "round_mask", lambda m, training: m)
+    fields = {**fields, "entropy_weight": 0.3, "l1_weight": 0.2}
+    assert_router_slope(build(fields).double().train(), random_ids(2, 8))
 
 
 @every_expert_variant
