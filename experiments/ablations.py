@@ -7,9 +7,9 @@
 An ablation is a function below. It returns a few small classes, each a subclass of the class of
 model.py with the same name. `apply` puts them in its place, and model.py builds the model of them.
 So an ablation is applied before the model is built, and before train.py imports the classes.
-Several are applied in order: `"serial()" "w_lat()"`. A checkpoint does not hold the ablation: name
-it again to resume or to sample. Names and shapes are those of model.py. "The origin" is
-https://github.com/yiphei/yif-AI, where the idea of this project comes from.
+Several are applied in order: `"serial()" "w_lat()"`. A checkpoint has their names, and is refused
+where they are not named again, to resume or to sample. Names and shapes are those of model.py. "The
+origin" is https://github.com/yiphei/yif-AI, where the idea of this project comes from.
 """
 
 import ast

@@ -233,13 +233,12 @@ def presets() -> str:
     lines = []
     for name, rows in runs("presets").items():
         old = [before[f"config/{name}.py"][row["seed"]] for row in rows]
-        losses = (", ".join(f"{row['val_loss']:.3f}" for row in of) for of in (rows, old))
-        sizes = (f"{of[0]['parameters']:,}" for of in (rows, old))
+        cells = [f"`config/{name}.py`"]
+        for of in (rows, old):
+            cells.append(f"{of[0]['parameters']:,}")
+            cells.append(", ".join(f"{row['val_loss']:.3f}" for row in of))
         on = percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None)
-        new_losses, old_losses = losses
-        new_size, old_size = sizes
-        lines.append((f"`config/{name}.py`", new_size, new_losses, old_size, old_losses,
-                      show_difference(rows, old), on))  # fmt: skip
+        lines.append((*cells, show_difference(rows, old), on))
     heads = "| parameters: | seeds 1, 2, 3 | before: | seeds 1, 2, 3, before | difference: "
     return markdown(heads + "| experts on, now:", lines)
 
