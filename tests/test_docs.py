@@ -1,14 +1,11 @@
-"""Tests of what the READMEs say: their tables are those of the results, their files are there."""
+"""Tests of the READMEs: their tables and the files that they name; and of model.py's size."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "experiments"))
-import tables  # noqa: E402
+import tables
+from common import ROOT
 
 
 @pytest.mark.parametrize("path", tables.READMES, ids=["README", "experiments"])
@@ -41,3 +38,12 @@ def test_files_that_are_named_exist(path):
     here = {path.parent, ROOT}
     missing = [f for f in (*links, *named, *commands) if not any((h / f).exists() for h in here)]
     assert not missing
+
+
+def test_model_py_keeps_to_its_size_and_attends_at_one_place():
+    source = (ROOT / "model.py").read_text("utf-8")
+    assert len(source.splitlines()) <= 650 and source.count("# fmt: skip") <= 1
+    folders = ("*.py", "tests/*.py", "config/*.py", "experiments/**/*.py")
+    files = [path for folder in folders for path in ROOT.glob(folder)]
+    name = "scaled_dot_product" + "_attention"
+    assert [path.name for path in files if name in path.read_text("utf-8")] == ["model.py"]

@@ -1,4 +1,4 @@
-"""Tests of mfu.py: python -m pytest test_mfu.py"""
+"""Tests of mfu.py: the share of the peak that a step reaches, by hand."""
 
 import pytest
 import torch

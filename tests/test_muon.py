@@ -1,4 +1,4 @@
-"""Tests of muon.py: python -m pytest test_muon.py"""
+"""Tests of muon.py: against torch.optim.Muon, singular values, and the matrices of a model."""
 
 import copy
 

@@ -1,7 +1,4 @@
-"""Tests of view.py and of what sample.py shows with it.
-
-python -m pytest test_view.py
-"""
+"""Tests of view.py, and of what sample.py shows with it."""
 
 import base64
 import hashlib
@@ -12,18 +9,16 @@ import shutil
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 
+from common import OFFLINE, ROOT, run
 from config import printable
 from model import ModelConfig, ParallelEncoderDecoder
 from prepare_shakespeare import Tokenizer
-from test_scripts import OFFLINE, run
 from view import Seen, in_colour, see, write_html
 
-HERE = Path(__file__).parent
 CHARACTERS = 'abcdefgh<&"\n\x1b\u202e é'
 
 
@@ -122,7 +117,7 @@ def test_the_page_holds_the_texts_and_no_markup_of_theirs(tmp_path, model, token
     seen.tokens[2] = "{{data}}{{sha256}}"
     write_html(tmp_path / "page.html", [seen, seen])
     page = (tmp_path / "page.html").read_text("utf-8")
-    template = (HERE / "view.html").read_text("utf-8")
+    template = (ROOT / "view.html").read_text("utf-8")
     assert page.count("<") == template.count("<")  # nothing of the text can open a tag
     data = data_of(page)
     assert [t["tokens"] for t in data["texts"]] == [seen.tokens] * 2
@@ -186,7 +181,7 @@ def test_a_terminal_gets_colours_and_no_control_characters(coloured, folder):
     """Several samples with their experts, and a single one as it comes."""
     args = ("--show_experts", "--num_samples=2") if coloured else ("--num_samples=1",)
     ours, theirs = pytest.importorskip("pty").openpty()
-    command = [sys.executable, str(HERE / "sample.py"), "--device=cpu", *args]
+    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", *args]
     process = subprocess.Popen(
         [*command, "--start=\x1b\u202e<", "--max_new_tokens=200"],
         cwd=folder, stdout=theirs, env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": ""},

@@ -1,0 +1,148 @@
+"""What several files of tests use: runs of a script as a user's, and what such a run leaves."""
+
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+# One thread a process, since the tensors are small; and no way out to a network.
+OFFLINE = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+    "NO_PROXY": "",
+    "no_proxy": "",
+    "PIP_NO_INDEX": "1",
+    "PIP_FIND_LINKS": "",
+}
+TINY = (
+    "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --dropout=0.2 "
+    "--max_iters=20 --lr_decay_iters=20 --warmup_iters=2 --learning_rate=0.03 "
+    "--eval_interval=10 --log_interval=1 --eval_iters=2 --device=cpu"
+).split()
+# A run that is still going when the signal comes, however late this process wakes up.
+LONG = ("--max_iters=3000", "--lr_decay_iters=3000", "--eval_interval=1500", "--log_interval=6")
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "numpy", "pytest", "hypothesis", "tiktoken"]
+)
+
+
+def become(folder, argv, env, output, first):
+    """In a new process: runs the script argv[0] as Python runs it, its output to two files."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, path in zip((1, 2), output, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv, sys.path[0] = argv, str(ROOT)
+    sys.path[1:1] = env.get("PYTHONPATH", "").split(os.pathsep)
+    torch.set_num_threads(1)
+    try:
+        if first is not None:
+            first()
+        runpy.run_path(argv[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
+def run(folder, script, *args, env=OFFLINE, timeout=120, first=None):
+    """Runs a script of ours in `folder`, to its end: in a process of its own, which has torch
+    imported already, since that takes longer than most of the tests; it calls `first` first."""
+    argv = [str(ROOT / script), *args]
+    if sys.platform != "linux":
+        return subprocess.run(
+            [sys.executable, *argv],
+            cwd=folder, env=env, capture_output=True, text=True, timeout=timeout, preexec_fn=first,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        # With a limit to the size of files only the errors are kept, which are short.
+        output = [Path(name, "stdout") if first is None else Path(os.devnull), Path(name, "stderr")]
+        process = FORKSERVER.Process(target=become, args=(folder, argv, env, output, first))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{argv} took more than {timeout} s")
+        printed = [path.read_text("utf-8") for path in output]
+        return subprocess.CompletedProcess(argv, process.exitcode, *printed)
+
+
+def succeed(*args, **kwargs):
+    done = run(*args, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def fails_with(said, *args, status=2, **kwargs):
+    """The script ends with one line that matches `said` and a status that is not 0."""
+    done = run(*args, **kwargs)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1 and re.search(said, done.stderr), done.stderr
+
+
+def start_and_signal(folder, number, *args, after="iter 12:", times=1, script="train.py"):
+    """Starts train.py, sends it a signal when it has printed `after`; its output and status."""
+    command = [sys.executable, str(ROOT / script), *TINY, *args]
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=OFFLINE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if line.startswith(after):
+            for _ in range(times):
+                time.sleep(0.5 if times > 1 else 0)  # in an iteration that takes longer
+                process.send_signal(number)
+            after = "never"
+    watchdog.cancel()
+    return printed, process.wait(timeout=60)
+
+
+def evaluations(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """All the losses that a run logged, in full precision."""
+    names = ("iter", "train_loss", "val_loss", "whole_val_loss")
+    return [[row.get(name) for name in names] for row in evaluations(folder)]
+
+
+def figures(folder):
+    """All that a run logged but the time that it took, a row an iteration."""
+    rows = {}
+    for row in evaluations(folder):
+        del row["seconds"]
+        rows.setdefault(row["iter"], {}).update(row)
+    return rows
+
+
+def weights(folder, name="ckpt.pt"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def same_run(one, other):
+    """Bit for bit the same weights."""
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,190 @@
+"""Tests of checkpoints: written whole, and refused where they are damaged, changed or foreign."""
+
+import copy
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import load_checkpoint, write_whole
+from common import TINY, fails_with, succeed
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """What is there at each call of fsync and replace: of the file, then of its folder."""
+    path, calls = tmp_path / "ckpt.pt", []
+    path.write_bytes(b"old")
+
+    def watch(name, call):
+        def watched(*args):
+            calls.append((name, path.read_bytes()))
+            return call(*args)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("fsync", os.fsync)
+    watch("replace", os.replace)
+    write_whole(path, lambda file: file.write(b"new"))
+    assert calls == [("fsync", b"old"), ("replace", b"old"), ("fsync", b"new")]
+
+
+def test_a_file_that_is_no_checkpoint_gets_one_line(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    path, whole = tmp_path / "out/ckpt.pt", (trained[0] / "whole/ckpt.pt").read_bytes()
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    tensor = (tmp_path / "tensor.pt").read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2], tensor):
+        path.write_bytes(content)
+        fails_with("out/ckpt.pt: not a", tmp_path, "sample.py", "--device=cpu")
+
+
+CHANGES = [  # of a checkpoint: where in it, what then stands there (... for nothing), what is said
+    (
+        ("model_args", "n_embd"),
+        32,
+        "not a checkpoint of this model: size mismatch for tok_emb.weight",
+    ),
+    (("model_args", "n_embd"), ..., "not a checkpoint of this model: size mismatch for tok_emb"),
+    (("format",), ..., "it has format 1, which commit fd66022 reads"),
+    (("format",), 3, "not a checkpoint of this model: its format is 3: must be 2"),
+    (
+        ("model_args", "new"),
+        1,
+        "not a checkpoint of this model: its model_args have an unknown 'new'",
+    ),
+    (("model_args", "n_layer"), 10**9, "n_layer=1000000000: it has not as many weights"),
+    (("model_args", "n_embd"), 10**6, "size mismatch for tok_emb.weight"),
+    (("model_args", "n_layer"), "x", "not a checkpoint of this model: "),
+    (("model_args", "entropy_weight"), 10**400, "not a checkpoint of this model: "),
+    (("model_args",), None, "not a checkpoint of this model: "),
+    (("model",), None, "not a checkpoint of this model: "),
+    (("model",), ..., "not a checkpoint of this model: it lacks 'model'"),
+    (("model", "tok_emb.weight"), "x", "not a checkpoint of this model: .*tok_emb.weight"),
+    (("model", "tok_emb.weight"), ..., "Missing key.* in state_dict: .tok_emb.weight"),
+    (("tokenizer",), None, "not a checkpoint of this model: its tokenizer is None"),
+]
+CHANGES_OF_A_RUN = [  # of what train.py alone looks at
+    (("tokenizer",), ..., "has no entry 'tokenizer'"),
+    (("tokenizer", "kind"), 3, "not the vocabulary that out was trained with"),
+    (("seconds",), ..., "out/ckpt.pt: has no entry 'seconds'; it was not written by this"),
+    (("seconds",), math.nan, "its seconds is nan"),
+    (("iter_num",), "x", "its iter_num is 'x'"),
+    (("iter_num",), -5, "its iter_num is -5"),
+    (("best_val_loss",), None, "its best_val_loss is None"),
+    (("config",), None, "its config is None"),
+    (("config", "optimizer"), ..., "has no entry 'optimizer'"),
+    (("config", "penalty_iters"), "x", "out/ckpt.pt: penalty_iters takes int"),
+    (("config", "penalty_iters"), 0, "penalty_iters=0: must be at least 1"),
+    (("config", "penalty_schedule"), None, "out/ckpt.pt: penalty_schedule takes str"),
+    (("config", "penalty_schedule"), "x", "penalty_schedule='x': must be one of constant, linear"),
+    (("optimizers",), [], "the optimizers' state does not fit: "),
+    (("optimizers", 0), 5, "the optimizers' state does not fit: "),
+    (("optimizers", 0, "state"), None, "the optimizers' state does not fit: "),
+    (("optimizers", 0, "state", 99), {}, "the optimizers' state does not fit: "),
+    (("optimizers", 0, "state", 0, "step"), ..., "that of parameter 0 has other names or shapes"),
+    (
+        ("optimizers", 0, "state", 0, "exp_avg"),
+        torch.zeros(1),
+        "that of parameter 0 has other names",
+    ),
+    (
+        ("optimizers", 1, "state", 0, "momentum_buffer"),
+        torch.zeros(1),
+        "that of parameter 0 has other",
+    ),
+]
+
+
+def changed(checkpoint, where, value):
+    """The checkpoint with another value, or none, at a path of keys."""
+    place = checkpoint = copy.deepcopy(checkpoint)
+    *path, key = where
+    for step in path:
+        place = place[step]
+    if value is ...:
+        del place[key]
+    else:
+        place[key] = value
+    return checkpoint
+
+
+RESUME = ("train.py", *TINY, "--max_iters=30", "--init_from=resume")
+LOADED = [(RESUME, *change) for change in CHANGES + CHANGES_OF_A_RUN]
+LOADED += [(("sample.py", "--device=cpu"), *change) for change in CHANGES[:5]]
+
+
+@pytest.mark.parametrize("command, where, value, said", LOADED)
+def test_a_checkpoint_of_other_content_gets_one_line(
+    command, where, value, said, trained, workplace
+):
+    """Where its checksums are right: another program wrote it, or somebody."""
+    (workplace / "out").mkdir()
+    path = workplace / "out/ckpt.pt"
+    whole = torch.load(trained[0] / "whole/ckpt.pt", weights_only=True)
+    torch.save(changed(whole, where, value), path)
+    before = path.read_bytes()
+    fails_with(said, workplace, *command)
+    assert path.read_bytes() == before
+
+
+def test_a_field_that_a_checkpoint_lacks_takes_its_default(trained, workplace):
+    whole = torch.load(trained[0] / "whole/ckpt.pt", weights_only=True)
+    for name in ("qk_norm", "token_shift", "l1_norm", "shared_kv"):
+        del whole["model_args"][name]
+    (workplace / "out").mkdir()
+    torch.save(whole, workplace / "out/ckpt.pt")
+    model, _ = load_checkpoint(workplace / "out/ckpt.pt")
+    assert model.config == load_checkpoint(trained[0] / "whole/ckpt.pt")[0].config
+    args = ("--out_dir=out", "--init_from=resume", "--max_iters=21")
+    succeed(workplace, "train.py", *TINY, *args)
+    assert "qk_norm" in torch.load(workplace / "out/ckpt.pt", weights_only=True)["model_args"]
+
+
+def test_a_checkpoint_with_another_tokenizer_gets_one_line(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    checkpoint = torch.load(trained[0] / "whole/ckpt.pt", weights_only=True)
+    checkpoint["tokenizer"]["chars"] += "\u72d0"
+    torch.save(checkpoint, tmp_path / "out/ckpt.pt")
+    fails_with("its tokenizer has .* tokens, its model", tmp_path, "sample.py", "--device=cpu")
+    del checkpoint["tokenizer"]
+    torch.save(checkpoint, tmp_path / "out/ckpt.pt")
+    fails_with("ckpt.pt: holds no tokenizer", tmp_path, "sample.py", "--device=cpu")
+
+
+def test_damaged_checkpoints_are_told(trained, tmp_path):
+    """Bytes changed, cut out or doubled at random: refused in one line, or without effect."""
+    whole, rng = (trained[0] / "whole/ckpt.pt").read_bytes(), np.random.default_rng(0)
+    expected, _ = load_checkpoint(trained[0] / "whole/ckpt.pt")
+    expected, refused = expected.state_dict(), 0
+    for _ in range(200):
+        at, length = int(rng.integers(len(whole))), int(rng.integers(1, 100))
+        part = (
+            bytes([whole[at] ^ (1 << int(rng.integers(8)))]) + whole[at + 1 : at + length],
+            b"", whole[at : at + length] * 2, rng.bytes(length),
+        )[rng.integers(4)]  # fmt: skip
+        (tmp_path / "ckpt.pt").write_bytes(whole[:at] + part + whole[at + length :])
+        try:
+            model, _ = load_checkpoint(tmp_path / "ckpt.pt")
+        except ValueError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert all(torch.equal(w, expected[name]) for name, w in model.state_dict().items())
+    assert refused > 150
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "out").mkdir()
+    for as_zip in (True, False):  # torch.load takes torch's older format, a bare pickle, as well
+        torch.save(
+            {"model": Evil()}, tmp_path / "out/ckpt.pt", _use_new_zipfile_serialization=as_zip
+        )
+        fails_with("out/ckpt.pt: not a", tmp_path, "sample.py", "--device=cpu")
+    assert not (tmp_path / "ran").exists()

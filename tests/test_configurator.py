@@ -1,0 +1,241 @@
+"""Tests of the settings: the command line, config files, the presets in config/."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import config
+from common import ROOT, fails_with, succeed
+from model import ModelConfig, ParallelEncoderDecoder
+
+GLOBALS = {
+    "__doc__": "A script.",
+    "__file__": __file__,
+    "n_layer": 4,
+    "learning_rate": 1e-3,
+    "compile": False,
+    "dataset": "a",
+    "device": "cpu",
+    "_private": 1,
+    "CONSTANT": 1,
+    "function": print,
+}
+
+
+def test_the_last_override_wins(tmp_path):
+    first, second = tmp_path / "1.py", tmp_path / "2.py"
+    first.write_text('"""Doc."""\nn_layer = 5  # more\nlearning_rate = 1\ndataset = "b"\n')
+    second.write_text("n_layer = 6\n")
+    argv = [str(first), "--n_layer=7", str(second), "--compile=true", "--dataset", "c=d"]
+    assert config.override(GLOBALS, argv) == {
+        "n_layer": 6,
+        "learning_rate": 1.0,
+        "compile": True,
+        "dataset": "c=d",
+        "device": "cpu",
+    }
+    assert config.override(GLOBALS, []) == config.settings_of(GLOBALS)
+
+
+def test_settings_of_the_device(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text('on_cuda = {"n_layer": 8}\non_cpu = {"n_layer": 2}\n')
+
+    def n_layer(*argv):
+        return config.override(GLOBALS, [str(path), *argv])["n_layer"]
+
+    assert n_layer() == 2
+    assert n_layer("--device=cuda:1") == 8
+    assert n_layer("--device=mps") == 2
+    assert n_layer("--n_layer=9") == 9
+    assert n_layer("--device=auto") == (8 if torch.cuda.is_available() else 2)
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--n_layers=5", r"no setting 'n_layers'; did you mean 'n_layer'\?"),
+        ("--zzz=5", r"no setting 'zzz' \(--help lists all\)"),
+        ("--_private=5", "no setting '_private'"),
+        ("--function=5", "no setting 'function'"),
+        ("--n_layer=six", r"n_layer takes int \(such as 4\), not 'six'"),
+        ("--n_layer=2.5", "n_layer takes int .*, not 2.5"),
+        ("--n_layer=True", "n_layer takes int .*, not True"),
+        ("--compile=1", "compile takes bool .*, not 1"),
+        ("--learning_rate=fast", "learning_rate takes float .*, not 'fast'"),
+        ("--learning_rate=__import__('os').abort()", "learning_rate takes float"),
+        ("--n_layer", "--n_layer: has no value"),
+        ("--n_layer={[]:1}", "n_layer takes int"),
+        ("--on_cpu=5", "on_cpu: takes a dict of settings, not 5"),
+        ("--CONSTANT=5", "no setting 'CONSTANT'"),
+        ("absent.py", "absent.py: cannot read this config file: No such file"),
+        ("n_layer=5", r"n_layer=5: cannot read .*settings are --key=value"),
+    ],
+)
+def test_a_wrong_argument_gets_one_line(argument, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        config.override(GLOBALS, [argument])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(said, printed) and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("n_layer = 5\nn_layers = 5", r"c.py:2: there is no setting 'n_layers'; did you mean"),
+        ("n_layer = 5\nn_layer = = 5", r"c.py:2: not valid Python"),
+        ("n_layer = 2 + 3", r"c.py:1: n_layer: takes a plain value, not '2 \+ 3'"),
+        ("n_layer = open('x', 'w')", r"c.py:1: n_layer: takes a plain value"),
+        ("import os", "c.py:1: a config file only assigns values"),
+        ("n_layer, compile = 1, True", "c.py:1: a config file only assigns values"),
+        ("print(1)", "c.py:1: a config file only assigns values"),
+        ("on_cpu = 5", "c.py:1: on_cpu: takes a dict of settings, not 5"),
+        ("on_cpu = {'n_layer': 'x'}", "c.py:1: n_layer takes int"),
+        ("on_cuda = {'n_layers': 5}", "c.py:1: there is no setting 'n_layers'"),
+        ("n_layer = {[]: 1}", "c.py:1: n_layer: takes a plain value"),
+        ("device = 5", "c.py:1: device takes str"),
+        ("n_layer = 5\0", "c.py:1: not valid Python"),
+        ("n_layer = " + "(" * 300, "c.py:?1?: not .*"),
+        ("n_layer = " + "-" * 99999 + "1", "c.py: not a config file: .* nested too deeply"),
+        ("n_layer = " + "-" * 300 + "x", "c.py:1: n_layer: takes a plain value, not '---"),
+    ],
+)
+def test_a_wrong_config_file_gets_its_file_and_line(source, said, tmp_path, capsys):
+    (tmp_path / "c.py").write_text(source)
+    with pytest.raises(SystemExit) as end:
+        config.override(GLOBALS, [str(tmp_path / "c.py")])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(said, printed) and printed.count("\n") == 1
+
+
+executed = []  # what was run as code, or started as a process, while `watched` was set
+watched = False
+
+
+def audit(event, args):
+    if watched and event in ("exec", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn"):
+        executed.append((event, args))
+
+
+sys.addaudithook(audit)
+SOME_KEYS = st.sampled_from([*GLOBALS, "on_cuda", "on_cpu", "n_layers"]) | st.text(max_size=9)
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+SOME_VALUES = (
+    st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(PLAIN, v, max_size=3))
+    .map(repr)
+    .__or__(st.text(max_size=20))
+    .__or__(
+        st.sampled_from(["__import__('os').abort()", "exec('1')", "(" * 300, "9" * 5000, "1e999"])
+    )
+)
+
+
+@given(st.lists(st.tuples(SOME_KEYS, SOME_VALUES, st.sampled_from(["=", " ", "file"])), max_size=4))
+@settings(max_examples=400, deadline=None)
+def test_any_override_is_a_value_of_its_type_or_one_line(tmp_path_factory, items):
+    """Whatever the keys and values are; and none of it is run as code."""
+    global watched
+    argv, lines, stderr = [], [], io.StringIO()
+    for key, value, how in items:
+        if how == "file":
+            lines.append(f"{key} = {value}\n")
+        else:
+            argv += [f"--{key}={value}"] if how == "=" else [f"--{key}", value]
+    if lines:
+        path = tmp_path_factory.getbasetemp() / "config.py"
+        path.write_bytes("".join(lines).encode("utf-8", "surrogatepass"))
+        argv.append(str(path))
+    argv = [arg for arg in argv if arg not in ("--help", "-h", "--device=auto")]
+    executed.clear()
+    watched = True
+    try:
+        with contextlib.redirect_stderr(stderr):
+            found = config.override(GLOBALS, argv)
+    except SystemExit as end:
+        assert end.code == 2 and len(stderr.getvalue().splitlines()) == 1
+    else:
+        defaults = config.settings_of(GLOBALS)
+        assert {k: type(v) for k, v in found.items()} == {k: type(v) for k, v in defaults.items()}
+    finally:
+        watched = False
+    assert not executed
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_shakespeare.py"])
+def test_help_prints_every_setting(script, tmp_path):
+    printed = succeed(tmp_path, script, "--help")
+    section = (ROOT / script).read_text("utf-8").split("# " + "-" * 77)[1]
+    expected = [f"  --{n}={value}" for n, value in re.findall(r"^(\w+) = (.*)$", section, re.M)]
+    assert len(expected) >= 3
+    assert [line for line in printed.splitlines() if line.startswith("  --")] == expected
+
+
+def test_every_field_of_the_model_is_a_setting_with_its_default():
+    source = (ROOT / "train.py").read_text("utf-8")
+    for name, value in vars(ModelConfig()).items():
+        if name not in ("vocab_size",):
+            value = json.dumps(value) if isinstance(value, str) else str(value)
+            assert re.search(rf"^{name} = {re.escape(value)}(\s|$)", source, re.M), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
+    source = (ROOT / "train.py").read_text("utf-8").split("settings = override")[0]
+    section = {}
+    for line in source.split("# " + "-" * 77)[1].splitlines():
+        if match := re.match(r"(\w+) = (.*?)(  #.*)?$", line):
+            section[match[1]] = config.parse(match[2].strip('"'), 0 if match[2][0] != '"' else "")
+    sizes = {}
+    for path in sorted((ROOT / "config").glob("[!_]*.py")):
+        settings = config.override(section, [str(path), f"--device={device}"])
+        fields = {name: settings[name] for name in vars(ModelConfig()) if name in settings}
+        sizes[path.stem] = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65)).num_params()
+    for name in ("decoder_only", "canonical"):  # the next width, 86, would be further away
+        assert sizes[name] == pytest.approx(sizes["shakespeare_char_dense"], rel=0.025)
+    assert sizes["shakespeare_char_dense"] < sizes["shakespeare_char"]
+    assert sizes["shakespeare_char"] < 1.1 * sizes["shakespeare_char_dense"]
+
+
+def test_the_dense_preset_is_the_main_job_without_experts():
+    main, dense = (
+        {name: value for name, value, _ in config.read_config_file(str(ROOT / "config" / name))}
+        for name in ("shakespeare_char.py", "shakespeare_char_dense.py")
+    )
+    for device in ("on_cuda", "on_cpu"):
+        del main[device]["penalty_iters"]
+    for name in ("max_iters", "lr_decay_iters"):  # the same time
+        assert dense["on_cpu"].pop(name) > main["on_cpu"].pop(name)
+    ours = {"n_expert", "l1_norm", "l1_weight", "penalty_schedule"}
+    assert dense["lateral"] and dense["shared_kv"] and not dense["decoder_self_attention"]
+    assert main.keys() - dense.keys() == ours and dense.keys() <= main.keys()
+    assert {n for n in dense if main[n] != dense[n]} == {"out_dir", "wandb_run_name"}
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--cross_first=True", "'cross_first' is gone: run it by experiments/ablations.py"),
+        ("--n_cross_head=4", "'n_cross_head' is gone: run it by experiments/ablations.py"),
+        ("--next_position=add", "'next_position' is gone: run it by experiments/ablations.py"),
+        ("--rounding=none", "'rounding' is gone: run it by experiments/ablations.py"),
+        ("--rounding_scale=6.0", "'rounding_scale' is gone: run it by experiments/ablations.py"),
+        ("--router_detach", "'router_detach' is gone: run it by experiments/ablations.py"),
+        (
+            "--router_input=embedding",
+            "router_input='embedding' is gone: run it by experiments/ablations.py",
+        ),
+        ("--encoder_loss=mse", "'encoder_loss' is gone: the last commit that has it is fd66022"),
+        ("--encoder_loss_weight=2", "'encoder_loss_weight' is gone: the last commit that has it"),
+        ("--penalty_schedule=cosine", "penalty_schedule='cosine': must be one of constant, linear"),
+        ("--penalty_iters=0", "penalty_iters=0: must be at least 1"),
+    ],
+)
+def test_a_setting_that_was_retired_says_where_it_went(argument, said, tmp_path):
+    fails_with(re.escape(said), tmp_path, "train.py", argument)

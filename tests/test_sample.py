@@ -1,0 +1,80 @@
+"""Tests of sample.py; those of what it shows of the experts are in test_view.py."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from common import OFFLINE, ROOT, fails_with, succeed
+
+
+def test_sample_needs_the_checkpoint_alone(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/ckpt.pt").write_bytes((trained[0] / "whole/ckpt.pt").read_bytes())
+    args = ("--num_samples=2", "--max_new_tokens=40", "--device=cpu", "--start=def ")
+    printed = succeed(tmp_path, "sample.py", *args)
+    samples = printed.split("\n---------------\n")
+    assert len(samples) == 3 and samples[2] == ""
+    assert all(s.startswith("def ") and len(s) == 44 for s in samples[:2])
+    assert samples[0] != samples[1]
+    assert printed == succeed(tmp_path, "sample.py", *args)
+    assert printed != succeed(tmp_path, "sample.py", *args, "--seed=5")
+    (tmp_path / "prompt.txt").write_text("class A:\n    ")
+    args = ("--num_samples=1", "--temperature=0", "--max_new_tokens=30", "--device=cpu")
+    printed = succeed(tmp_path, "sample.py", *args, "--start=FILE:prompt.txt")
+    assert printed.startswith("class A:\n    ") and len(printed) == 13 + 30 + 1
+
+
+def test_compile_without_a_compiler_is_one_line(trained):
+    env = {**OFFLINE, "CXX": "absent-g++", "TORCHINDUCTOR_CACHE_DIR": str(trained[0] / "cache")}
+    args = ("--out_dir=whole", "--device=cpu", "--start=model", "--compile", "--max_new_tokens=5")
+    said = "compile=True: .*No working C\\+\\+ compiler found.*; leave --compile out"
+    fails_with(said, trained[0], "sample.py", *args, env=env)
+
+
+def test_a_single_sample_streams(trained):
+    command = [sys.executable, str(ROOT / "sample.py"), "--out_dir=whole", "--num_samples=1"]
+    command += ["--max_new_tokens=1000000", "--device=cpu", "--start=model"]
+    process = subprocess.Popen(
+        command,
+        cwd=trained[0],
+        env=OFFLINE,
+        stdout=subprocess.PIPE,
+        # Where the tests run in the background, an ignored SIGINT would be inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    first = process.stdout.read(25)
+    assert first.startswith(b"model") and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    watchdog.cancel()
+    assert process.wait(timeout=30) == 130 and len(rest) < 500_000
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("--out_dir=absent",), "absent/ckpt.pt: there is no checkpoint"),
+        (("--start=ab\u72d0",), "the vocabulary has no character '\u72d0'"),
+        (("--stop=ab\u72d0",), "the vocabulary has no character '\u72d0'"),
+        (("--start=",), "start: is empty"),
+        (("--start=FILE:absent.txt",), "absent.txt"),
+        (("--num_samples=0",), "num_samples=0: must be at least 1"),
+        (("--device=tpu",), "device='tpu': "),
+        (("--checkpoint=absent.pt",), "whole/absent.pt: there is no checkpoint"),
+        (("--top_p=2",), "top_p=2.0: must be in"),
+        (("--temperature=-1",), "temperature=-1.0: must be finite and not negative"),
+        (("--max_new_tokens=100000000000000", "--start=a"), "not enough memory; lower --num_sam"),
+    ],
+)
+def test_a_mistake_in_sampling_gets_one_line(args, said, trained):
+    fails_with(said, trained[0], "sample.py", "--out_dir=whole", "--device=cpu", *args)
+
+
+def test_a_model_without_experts_shows_none(trained):
+    args = ("--out_dir=whole", "--show_experts", "--device=cpu")
+    fails_with("n_expert=0: this model has no experts", trained[0], "sample.py", *args)
