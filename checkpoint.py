@@ -1,23 +1,28 @@
-"""Checkpoints that are whole or not there, and that are read without trust.
+"""Files of a run: whole or not there, read without trust, and what a resumed run takes from them.
 
-    write_whole(Path("out/ckpt.pt"), partial(torch.save, {"model": ..., "model_args": ...}))
-    model, saved = load_checkpoint("out/ckpt.pt")
+    model, tokenizer = load("out-shakespeare-char")            a trained model, to use
+    model, saved = load_checkpoint("out-shakespeare-char/ckpt.pt")      all that was saved
 
 A checkpoint is a file of torch.save: a zip archive, which holds a checksum of each of its parts.
 What is in it is checked too: another program, or somebody, may have written it.
 """
 
+import json
 import os
+import shutil
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
+from configurator import Settings, check, fail, lacks_memory, pick_device
 from model import ModelConfig, ParallelEncoderDecoder
+from prepare_shakespeare import Tokenizer
 
 FORMAT = 2  # of a checkpoint; format 1 is of a model with other equations
 LAST_COMMIT_OF_FORMAT_1 = "fd66022"
@@ -25,23 +30,18 @@ LAST_COMMIT_OF_FORMAT_1 = "fd66022"
 ABLATIONS: list[str] = []  # of this process; experiments/ablations.py fills it
 
 # What train.py saves beside the model, to go on from.
-ENTRIES = {
-    "optimizers": list,
-    "iter_num": int,
-    "seconds": float,
-    "best_val_loss": float,
-    "is_best": bool,
-    "tokenizer": dict,
-    "config": dict,
-}
+ENTRIES = dict(optimizers=list, scaler=dict, iter_num=int, seconds=float, best_val_loss=float)
+ENTRIES |= dict(is_best=bool, tokenizer=dict, config=dict)
+# A resumed run has the settings of its checkpoint, but for these, which are of each call.
+OF_EACH_CALL = {"init_from", "out_dir", "eval_only", "device", "compile", "backend", "fsdp"}
+OF_EACH_CALL |= {"wandb_log", "wandb_project", "wandb_run_name"}
+MAY_CHANGE = {"dropout", "l1_norm", "entropy_weight", "l1_weight"}  # of the model's fields
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file aside with `write(file)`, has it on the disk, then renames it to `path`.
-
-    So at every moment a whole file is there: the old one, or the new. OSError and RuntimeError
-    where it cannot be written; then the old one is untouched.
-    """
+    """Writes a file aside with `write(file)`, has it on the disk, then renames it to `path`: at
+    every moment a whole file is there, the old one or the new. OSError and RuntimeError where it
+    cannot be written; then the old one is untouched."""
     aside = path.with_name(f"{path.name}.tmp")
     try:
         with open(aside, "wb") as file:
@@ -60,27 +60,73 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
-def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEncoderDecoder, dict]:
-    """The model that train.py saved at `path`, in training mode, and its other entries.
+def save(path: Path, checkpoint: dict[str, Any], keep_best: bool) -> None:
+    """Writes a checkpoint. With `keep_best` the one that is there is kept as ckpt_best.pt beside
+    it; a checkpoint that is the best one takes its place. Errors as in `write_whole`."""
+    best = path.with_name("ckpt_best.pt")
+    if keep_best and path.exists():
+        with open(path, "rb") as old:
+            write_whole(best, partial(shutil.copyfileobj, old))
+    write_whole(path, partial(torch.save, {"format": FORMAT, "ablations": ABLATIONS, **checkpoint}))
+    if checkpoint["is_best"]:
+        best.unlink(missing_ok=True)
 
-    Loads tensors and plain values only, never code. Raises ValueError, with a line for the user,
-    for a file that is missing, damaged, or not such a checkpoint.
-    """
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Appends a row of JSON to a file, all of it or nothing. OSError where it cannot."""
+    before = 0
     try:
+        with open(path, "a", encoding="utf-8") as file:
+            before = file.tell()
+            file.write(json.dumps(row) + "\n")
+    except OSError:
+        with suppress(OSError):  # where not even the file could be made
+            os.truncate(path, before)  # no half a line
+        raise
+
+
+def keep_earlier_run(folder: Path) -> None:
+    """Renames the files of an earlier run to *.old, in place of those of the run before it."""
+    for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):
+        path, old = folder / name, folder / f"{name}.old"
+        if path.exists():
+            os.replace(path, old)
+            print(f"{path}, of an earlier run, is now {old.name}")
+            if name == "ckpt.pt":  # whose best one is not that of the run before
+                (folder / "ckpt_best.pt.old").unlink(missing_ok=True)
+
+
+def load(
+    out_dir: str | Path, device: str = "auto", name: str = "ckpt.pt"
+) -> tuple[ParallelEncoderDecoder, Tokenizer]:
+    """The model that train.py left in `out_dir`, in evaluation, and its tokenizer; on the best
+    device there is: CUDA, else MPS, else the CPU. ValueError as in `load_checkpoint`."""
+    path = Path(out_dir, name)
+    model, saved = load_checkpoint(path, pick_device(device))
+    with told_in_one_line(path, "not a checkpoint of this model"):
+        tokenizer = Tokenizer(**saved["tokenizer"])
+        if (size := tokenizer.vocab_size) != (of_model := model.config.vocab_size):
+            raise ValueError(f"its tokenizer has {size} tokens, its model {of_model}")
+    return model.eval(), tokenizer
+
+
+def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEncoderDecoder, dict]:
+    """The model that train.py saved at `path`, in training mode, and its other entries. Loads
+    tensors and plain values only, never code. ValueError, with a line for the user, for a file that
+    is missing, damaged, or not such a checkpoint."""
+    checkpoint = read(path)
+    return build_model(checkpoint, path).to(device), checkpoint
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """All that is in the checkpoint, on the CPU, checked; ValueError as in `load_checkpoint`."""
+    with told_in_one_line(path, "not a whole checkpoint of train.py"):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums
         if damaged is not None:
             raise ValueError(f"its part {damaged!r} is damaged: the checksum differs")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, NotADirectoryError):
-        said = "there is no checkpoint; train.py writes one, and --out_dir names its folder"
-        raise ValueError(f"{path}: {said}") from None
-    except Exception as error:  # a damaged file can fail anywhere inside a reader
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        cannot = isinstance(error, PermissionError) or lacks_memory(error)
-        what = "cannot be loaded" if cannot else "not a whole checkpoint of train.py"
-        raise ValueError(f"{path}: {what}: {reason}") from None
-    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    with told_in_one_line(path, "not a checkpoint of this model"):
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
         version = checkpoint.get("format", 1 if "tokenizer" in checkpoint else None)
@@ -89,33 +135,75 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
         if version != FORMAT:
             raise ValueError(f"its format is {version!r}: must be {FORMAT}")
         if (saved := checkpoint.get("ablations", [])) != ABLATIONS:
-            raise ValueError(
-                f"its ablations are {saved}, here they are {ABLATIONS}: run this by "
-                "experiments/ablations.py"
-            )
+            by = "run this by experiments/ablations.py"
+            raise ValueError(f"its ablations are {saved}, here they are {ABLATIONS}: {by}")
         for name, kind in ENTRIES.items():
             value = checkpoint.get(name, kind())
             if type(value) is not kind or (kind in (int, float) and not value >= 0):
                 raise ValueError(f"its {name} is {value!r:.100}")
-        args, weights = checkpoint["model_args"], checkpoint.pop("model")
+        args = checkpoint["model_args"]
         if unknown := sorted(args.keys() - {field.name for field in fields(ModelConfig)}):
             raise ValueError(f"its model_args have an unknown {unknown[0]!r}")
-        config = ModelConfig(**args)
+        checkpoint["model_args"] = asdict(ModelConfig(**args))  # what it lacks takes its default
+    return checkpoint
+
+
+def build_model(
+    checkpoint: dict[str, Any], path: str | Path, **changed: Any
+) -> ParallelEncoderDecoder:
+    """The model of a checkpoint, whose weights it takes out; `changed` are fields of its config."""
+    with told_in_one_line(path, "not a checkpoint of this model"):
+        config, weights = ModelConfig(**checkpoint["model_args"] | changed), checkpoint.pop("model")
         if config.n_layer > len(weights):
             raise ValueError(f"n_layer={config.n_layer}: it has not as many weights")
         with torch.device("meta"):  # so that wrong sizes are told before they take any memory
             ParallelEncoderDecoder(config).load_state_dict(weights, assign=True)
         model = ParallelEncoderDecoder(config)
         model.load_state_dict(weights)
-    except (TypeError, KeyError, AttributeError, OverflowError, RuntimeError, ValueError) as error:
+    return model
+
+
+@contextmanager
+def told_in_one_line(path: str | Path, what: str) -> Iterator[None]:
+    """What fails inside becomes a ValueError with a line for the user: a damaged file can fail
+    anywhere inside a reader."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        said = "there is no checkpoint; train.py writes one, and --out_dir names its folder"
+        raise ValueError(f"{path}: {said}") from None
+    except Exception as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         reason = (reason.partition(":\n\t")[2] or reason).partition("\n")[0]  # one, of many weights
-        what = "cannot be loaded" if lacks_memory(error) else "not a checkpoint of this model"
-        raise ValueError(f"{path}: {what}: {reason}") from None
-    return model.to(device), checkpoint
+        if isinstance(error, PermissionError) or lacks_memory(error):
+            what = "cannot be loaded"
+        raise ValueError(f"{path}: {what}: {reason or type(error).__name__}") from None
 
 
-def lacks_memory(error: Exception) -> bool:
-    """Whether it says that there is not enough memory, of whatever device."""
-    said = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
+def resume(path: Path, settings: Settings) -> dict[str, Any]:
+    """The checkpoint of a run to go on with. Makes the settings those of the run, but --key=value
+    and OF_EACH_CALL. Ends the process with one line where the run cannot go on."""
+    try:
+        saved = read(path)
+    except ValueError as error:
+        fail(str(error))
+    for name in ENTRIES.keys() - saved.keys():
+        fail(f"{path}: has no entry {name!r}; it was not written by this train.py")
+    of_run, kept = saved["config"] | saved["model_args"], []
+    fixed = saved["model_args"].keys() - MAY_CHANGE | {"optimizer"}
+    for name in sorted(of_run.keys() - OF_EACH_CALL - {"vocab_size"}):
+        value = check(name, of_run[name], settings, str(path))
+        where, differs = settings.where.get(name, ""), settings[name] != value
+        if where.startswith("--") and differs and name in fixed:
+            why = "sizes, architecture and optimizer of a run cannot change"
+            fail(f"{where}: {path} has {name}={value!r}; {why}")
+        if not where.startswith("--"):
+            settings[name] = value
+            kept += [f"{name}={value!r}"] if where and differs else []
+    if kept:
+        print(f"kept, whatever config files say: {', '.join(kept)}; --key=value changes a setting")
+    if (new := settings["max_iters"]) != (old := of_run.get("max_iters")):
+        end = settings["lr_decay_iters"] or new
+        print(f"max_iters={new}, not {old}: the learning rate now falls until iteration {end}")
+    print(f"goes on from {path}, saved after {saved['iter_num']} iterations")
+    return saved

@@ -66,6 +66,8 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
     ):
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum}: must be at least 0 and less than 1")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -121,6 +123,25 @@ def share_of(p: Tensor, whole: Tensor) -> Tensor:
 
     whole = whole.to(p.device)
     return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def gather(state: Any, keep: bool) -> Any:
+    """A state_dict, or a list of them, with its sharded tensors whole and on the CPU; they are None
+    where it does not `keep` them."""
+    if isinstance(state, dict):
+        return {name: gather(value, keep) for name, value in state.items()}
+    if isinstance(state, list):
+        return [gather(value, keep) for value in state]
+    if not is_sharded(state):
+        return state
+    whole = state.full_tensor()
+    return whole.cpu() if keep else None
+
+
+def grad_norm(params: Iterable[Tensor]) -> Tensor:
+    """The norm of the gradient, of all processes that share it, as a 0-dim tensor."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def configure_optimizers(

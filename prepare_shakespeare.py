@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from config import fail, override
+from configurator import fail, override
 
 # -----------------------------------------------------------------------------
 input_file = ""  # the text, UTF-8; empty: Shakespeare, from disk or the network
@@ -85,6 +85,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.chars) if self.kind == "char" else 50257
+
+    @property
+    def prompt(self) -> str:
+        """A text to start from: a line end, or where there is none the first character."""
+        return "\n" if self.kind == "gpt2" or "\n" in self.chars else self.chars[0]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; ValueError names a character that the vocabulary lacks."""
@@ -157,10 +162,24 @@ def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
     return folder
 
 
-def load_data(folder: Path) -> tuple[Tokenizer, dict[str, np.memmap]]:
+def prepare_missing(folder: Path) -> None:
+    """Prepares Shakespeare where it is not there yet; ValueError for another data set."""
+    if (folder / "meta.json").exists():
+        return
+    if folder.name not in SHAKESPEARE:
+        command = f"python prepare_shakespeare.py --input_file=PATH --dataset={folder.name}"
+        raise ValueError(f"{folder}: there is no data set; make one: {command}")
+    try:
+        prepare(folder.name.removeprefix("shakespeare_"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def load_data(folder: Path, block_size: int = 0) -> tuple[Tokenizer, dict[str, np.memmap]]:
     """The tokenizer, and the tokens of `train` and `val`, mapped into memory.
 
-    Raises ValueError, with a line for the user, where they are not what `prepare` wrote.
+    Raises ValueError, with a line for the user, where they are not what `prepare` wrote, or are too
+    few for a window of block_size + 1.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -177,7 +196,26 @@ def load_data(folder: Path) -> tuple[Tokenizer, dict[str, np.memmap]]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{folder}: {reason}; prepare the data again") from None
+    for part, tokens in data.items():
+        if len(tokens) <= block_size:
+            raise ValueError(
+                f"{folder}/{part}.bin: {len(tokens)} tokens are fewer than block_size + 1 = "
+                f"{block_size + 1}; set a smaller --block_size, or use more text"
+            )
     return tokenizer, data
+
+
+def consecutive_windows(
+    tokens: np.ndarray, block_size: int, batch_size: int
+) -> Iterator[np.ndarray]:
+    """All tokens in windows (batch_size, block_size + 1), each of which starts where the one before
+    ends; the last batch has fewer, and the last window is shorter."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[::block_size]
+    for start in range(0, len(windows), batch_size):
+        yield windows[start : start + batch_size]
+    rest = tokens[len(windows) * block_size :]
+    if len(rest) > 1:
+        yield rest[None]
 
 
 def write_atomically(contents: dict[Path, bytes | memoryview]) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import lacks_memory, load_checkpoint
-from config import fail, override, pick_device, printable
+from checkpoint import load
+from configurator import fail, lacks_memory, override, pick_device, printable
 from model import compile_step
-from prepare_shakespeare import Tokenizer
+from runtime import pick_dtype
 from view import in_colour, see, write_html
 
 # -----------------------------------------------------------------------------
@@ -33,12 +33,13 @@ show_experts = False  # colour each token by its experts, in a terminal or with 
 html = ""  # a page to write, which shows what the experts do at each token
 checkpoint = "ckpt.pt"  # or ckpt_best.pt, where train.py left one
 device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
+dtype = "auto"  # of weights and cache: as in train.py; or bfloat16, float16, float32
 compile = False  # torch.compile: small models sample faster, after 10 to 30 s of compiling
 # -----------------------------------------------------------------------------
+LEAST = {"num_samples": 1}
+ALLOWED = {"dtype": ("auto", "bfloat16", "float16", "float32")}
 globals().update(override(globals(), sys.argv[1:]))
 
-if num_samples < 1:
-    fail(f"num_samples={num_samples}: must be at least 1")
 if not 0 <= seed < 2**63:
     fail(f"seed={seed}: must be from 0 to 2**63 - 1")
 if html and (Path(html).is_dir() or not Path(html).parent.is_dir()):
@@ -67,19 +68,10 @@ class Sample:
 
 try:
     device = pick_device(device)
-    path = Path(out_dir, checkpoint)
-    model, saved = load_checkpoint(path, device)
-    try:
-        tokenizer = Tokenizer(**saved["tokenizer"])
-    except (KeyError, TypeError):
-        raise ValueError(f"{path}: holds no tokenizer; train.py writes one into it") from None
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
-            f"{model.config.vocab_size}"
-        )
+    model, tokenizer = load(out_dir, device, checkpoint)
+    model.to(getattr(torch, pick_dtype(dtype, device)))
     if (show_experts or html) and model.config.n_expert == 0:
-        raise ValueError(f"{path}: n_expert=0: this model has no experts to show")
+        raise ValueError(f"{out_dir}/{checkpoint}: n_expert=0: this model has no experts to show")
     if show_experts and not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
         show_experts = False
         why = "no colours, as this is no terminal; FORCE_COLOR=1 asks for them anyway"
@@ -96,7 +88,6 @@ try:
         raise ValueError("start: is empty; give at least one character")
     tokenizer.encode(stop)  # which a vocabulary that lacks a character of it could never write
 
-    model.eval()
     if compile:
         compile_step(model, options={"cpp_wrapper": device == "cpu"})  # calls the graph sooner
     samples = [Sample(ids) for _ in range(num_samples)]

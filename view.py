@@ -1,6 +1,7 @@
-"""Makes the experts visible: text coloured by the experts that were on, in a terminal or a page.
+"""What the experts do: statistics for a log, and text coloured by the experts that were on.
 
-Used by sample.py, as `--show_experts` and `--html=FILE`.
+train.py logs the statistics; sample.py shows texts, in a terminal by `--show_experts`, as a page by
+`--html=FILE`.
 """
 
 import base64
@@ -10,15 +11,37 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from config import printable
-from model import ParallelEncoderDecoder, evaluation, window_start
+from configurator import printable
+from model import ParallelEncoderDecoder, evaluation, mask_statistics, window_start
 from prepare_shakespeare import Tokenizer
 
 N_LIKELY = 8  # next tokens that the page shows for each token
 OFF, ON = (38, 70, 131), (244, 162, 58)  # RGB of the least and the largest share of experts on
+
+
+def expert_statistics(
+    model: ParallelEncoderDecoder, tokens: np.ndarray, penalty_scale: float, before: Tensor | None
+) -> tuple[dict[str, list | float], Tensor | None]:
+    """Statistics of the masks per layer and stack, on 16 windows of tokens, the same at each call;
+    and the decisions on which they rest, to be given to the next call. `changed` is the share of
+    decisions that differ from those `before`. With them the weights that the penalties have now.
+    Nothing for a model without experts."""
+    c, T = model.config, model.config.block_size
+    if c.n_expert == 0:
+        return {}, None
+    starts = np.random.default_rng(0).integers(len(tokens) - T, size=(16, 1))
+    idx = torch.from_numpy(tokens[starts + np.arange(T)].astype(np.int64))
+    mask = model.expert_masks(idx.to(model.tok_emb.weight.device))
+    stats, decisions = mask_statistics(mask, c.l1_norm), mask.used > 0.5
+    if isinstance(before, Tensor) and before.shape == decisions.shape:
+        changed = decisions != before.to(decisions.device)
+        stats["changed"] = changed.float().mean(dim=(-3, -2, -1))
+    weights = {name: penalty_scale * getattr(c, name) for name in ("entropy_weight", "l1_weight")}
+    return {name: value.tolist() for name, value in stats.items()} | weights, decisions
 
 
 class Seen(NamedTuple):

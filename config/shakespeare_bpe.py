@@ -17,7 +17,6 @@ on_cuda = {
     "n_head": 6,
     "n_embd": 384,
     "max_iters": 1000,
-    "lr_decay_iters": 1000,
     "eval_iters": 50,
     "compile": True,
 }
@@ -29,6 +28,5 @@ on_cpu = {
     "n_head": 2,
     "n_embd": 64,
     "max_iters": 500,
-    "lr_decay_iters": 500,
     "eval_iters": 10,
 }

@@ -69,7 +69,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from measuring import num_params  # noqa: E402
 
-from mfu import gemm_peak  # noqa: E402
 from model import (  # noqa: E402
     KV,
     Attention,
@@ -85,6 +84,7 @@ from model import (  # noqa: E402
     compile_step,
     stacked,
 )
+from runtime import gemm_peak  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 THREADS, ROUNDS = 2, 6  # the first round is not counted

@@ -39,9 +39,9 @@ from x_transformers import Decoder, TransformerWrapper
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measuring import memory, num_params  # noqa: E402
 
-from mfu import gemm_peak  # noqa: E402
 from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
 from muon import configure_optimizers  # noqa: E402
+from runtime import gemm_peak  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 V, ROUNDS, THREADS = 65, 6, 2  # the first round is not counted

@@ -29,7 +29,7 @@ OFFLINE = {
 }
 TINY = (
     "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --dropout=0.2 "
-    "--max_iters=20 --lr_decay_iters=20 --warmup_iters=2 --learning_rate=0.03 "
+    "--max_iters=20 --lr_decay_iters=20 --warmup_iters=2 --learning_rate=0.03 --muon_lr_ratio=0.7 "
     "--eval_interval=10 --log_interval=1 --eval_iters=2 --device=cpu"
 ).split()
 # A run that is still going when the signal comes, however late this process wakes up.
@@ -94,9 +94,11 @@ def fails_with(said, *args, status=2, **kwargs):
     assert len(done.stderr.splitlines()) == 1 and re.search(said, done.stderr), done.stderr
 
 
-def start_and_signal(folder, number, *args, after="iter 12:", times=1, script="train.py"):
+def start_and_signal(
+    folder, number, *args, after="iter 12:", times=1, script="train.py", tiny=True
+):
     """Starts train.py, sends it a signal when it has printed `after`; its output and status."""
-    command = [sys.executable, str(ROOT / script), *TINY, *args]
+    command = [sys.executable, str(ROOT / script), *(TINY if tiny else ()), *args]
     process = subprocess.Popen(
         command,
         cwd=folder,

@@ -75,9 +75,13 @@ CHANGES_OF_A_RUN = [  # of what train.py alone looks at
     (("iter_num",), -5, "its iter_num is -5"),
     (("best_val_loss",), None, "its best_val_loss is None"),
     (("config",), None, "its config is None"),
-    (("config", "optimizer"), ..., "has no entry 'optimizer'"),
+    (("config", "optimizer"), "x", "out/ckpt.pt: optimizer='x': must be one of muon, adamw"),
+    (("config", "optimizer"), "adamw", "the optimizers' state does not fit: "),
+    (("config", "new"), 1, "out/ckpt.pt: there is no setting 'new'"),
+    (("config", "muon_learning_rate"), 0.02, "'muon_learning_rate' is gone: set muon_lr_ratio"),
+    (("scaler",), 5, "its scaler is 5"),
     (("config", "penalty_iters"), "x", "out/ckpt.pt: penalty_iters takes int"),
-    (("config", "penalty_iters"), 0, "penalty_iters=0: must be at least 1"),
+    (("config", "penalty_iters"), -1, "penalty_iters=-1: must be at least 0"),
     (("config", "penalty_schedule"), None, "out/ckpt.pt: penalty_schedule takes str"),
     (("config", "penalty_schedule"), "x", "penalty_schedule='x': must be one of constant, linear"),
     (("optimizers",), [], "the optimizers' state does not fit: "),
@@ -111,7 +115,7 @@ def changed(checkpoint, where, value):
     return checkpoint
 
 
-RESUME = ("train.py", *TINY, "--max_iters=30", "--init_from=resume")
+RESUME = ("train.py", "--max_iters=30", "--init_from=resume", "--device=cpu")
 LOADED = [(RESUME, *change) for change in CHANGES + CHANGES_OF_A_RUN]
 LOADED += [(("sample.py", "--device=cpu"), *change) for change in CHANGES[:5]]
 
@@ -151,7 +155,12 @@ def test_a_checkpoint_with_another_tokenizer_gets_one_line(trained, tmp_path):
     fails_with("its tokenizer has .* tokens, its model", tmp_path, "sample.py", "--device=cpu")
     del checkpoint["tokenizer"]
     torch.save(checkpoint, tmp_path / "out/ckpt.pt")
-    fails_with("ckpt.pt: holds no tokenizer", tmp_path, "sample.py", "--device=cpu")
+    fails_with(
+        "ckpt.pt: not a checkpoint of this model: it lacks 'tokenizer'",
+        tmp_path,
+        "sample.py",
+        "--device=cpu",
+    )
 
 
 def test_damaged_checkpoints_are_told(trained, tmp_path):

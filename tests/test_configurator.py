@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import config
+import configurator
 from common import ROOT, fails_with, succeed
 from model import ModelConfig, ParallelEncoderDecoder
 
@@ -34,14 +34,33 @@ def test_the_last_override_wins(tmp_path):
     first.write_text('"""Doc."""\nn_layer = 5  # more\nlearning_rate = 1\ndataset = "b"\n')
     second.write_text("n_layer = 6\n")
     argv = [str(first), "--n_layer=7", str(second), "--compile=true", "--dataset", "c=d"]
-    assert config.override(GLOBALS, argv) == {
+    assert configurator.override(GLOBALS, argv) == {
         "n_layer": 6,
         "learning_rate": 1.0,
         "compile": True,
         "dataset": "c=d",
         "device": "cpu",
     }
-    assert config.override(GLOBALS, []) == config.settings_of(GLOBALS)
+    assert configurator.override(GLOBALS, []) == configurator.Settings(GLOBALS)
+
+
+def test_a_config_file_calculates_and_has_a_base(tmp_path):
+    """It is read as if the base's lines stood in it; on_cpu and on_cuda merge by key."""
+    (tmp_path / "root.py").write_text(
+        "n_layer = 2 * 3\non_cpu = {'learning_rate': 1, 'n_head': 2}\n"
+    )
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/mine.py").write_text(
+        "base = '../root.py'\non_cpu = {'n_head': n_head * n_layer}\nmax_iters = -(7 - 19) // 5\n"
+        "learning_rate = learning_rate / max_iters + 1.5\ndataset = 'b'\n"
+    )
+    globals_ = {**GLOBALS, "n_head": 1, "max_iters": 9}
+    found = configurator.override(globals_, [str(tmp_path / "deep/mine.py"), "--max_iters=3*4"])
+    assert found["n_layer"] == 6 and found["n_head"] == 12 and found["max_iters"] == 12
+    assert found["learning_rate"] == 1 / 2 + 1.5 and found["dataset"] == "b"
+    assert found.where["n_layer"].endswith("root.py:1") and "compile" not in found.where
+    assert found.where["max_iters"] == "--max_iters=3*4"
+    assert found.where["n_head"].endswith("deep/mine.py:2")
 
 
 def test_settings_of_the_device(tmp_path):
@@ -49,7 +68,7 @@ def test_settings_of_the_device(tmp_path):
     path.write_text('on_cuda = {"n_layer": 8}\non_cpu = {"n_layer": 2}\n')
 
     def n_layer(*argv):
-        return config.override(GLOBALS, [str(path), *argv])["n_layer"]
+        return configurator.override(GLOBALS, [str(path), *argv])["n_layer"]
 
     assert n_layer() == 2
     assert n_layer("--device=cuda:1") == 8
@@ -81,7 +100,7 @@ def test_settings_of_the_device(tmp_path):
 )
 def test_a_wrong_argument_gets_one_line(argument, said, capsys):
     with pytest.raises(SystemExit) as end:
-        config.override(GLOBALS, [argument])
+        configurator.override(GLOBALS, [argument])
     printed = capsys.readouterr().err
     assert end.value.code == 2 and re.search(said, printed) and printed.count("\n") == 1
 
@@ -91,26 +110,41 @@ def test_a_wrong_argument_gets_one_line(argument, said, capsys):
     [
         ("n_layer = 5\nn_layers = 5", r"c.py:2: there is no setting 'n_layers'; did you mean"),
         ("n_layer = 5\nn_layer = = 5", r"c.py:2: not valid Python"),
-        ("n_layer = 2 + 3", r"c.py:1: n_layer: takes a plain value, not '2 \+ 3'"),
-        ("n_layer = open('x', 'w')", r"c.py:1: n_layer: takes a plain value"),
+        ("n_layer = 2 ** 3", r"c.py:1: n_layer: takes a value or a calculation .*, not '2 \*\* 3'"),
+        ("n_layer = open('x', 'w')", r"c.py:1: n_layer: takes a value or a calculation"),
         ("import os", "c.py:1: a config file only assigns values"),
         ("n_layer, compile = 1, True", "c.py:1: a config file only assigns values"),
         ("print(1)", "c.py:1: a config file only assigns values"),
         ("on_cpu = 5", "c.py:1: on_cpu: takes a dict of settings, not 5"),
         ("on_cpu = {'n_layer': 'x'}", "c.py:1: n_layer takes int"),
         ("on_cuda = {'n_layers': 5}", "c.py:1: there is no setting 'n_layers'"),
-        ("n_layer = {[]: 1}", "c.py:1: n_layer: takes a plain value"),
+        ("n_layer = {[]: 1}", "c.py:1: n_layer: takes a value or a calculation"),
         ("device = 5", "c.py:1: device takes str"),
         ("n_layer = 5\0", "c.py:1: not valid Python"),
         ("n_layer = " + "(" * 300, "c.py:?1?: not .*"),
         ("n_layer = " + "-" * 99999 + "1", "c.py: not a config file: .* nested too deeply"),
-        ("n_layer = " + "-" * 300 + "x", "c.py:1: n_layer: takes a plain value, not '---"),
+        ("n_layer = " + "-" * 300 + "x", "c.py:1: n_layer: 'x' is not set in this file before"),
+        ("n_layer = " + "1 + " * 900 + "1", "c.py:1: n_layer: .*recursion"),
+        ("n_layer = 5\nn_layer = n_layer / 2", r"c.py:2: n_layer takes int .*, not 2.5"),
+        ("n_layer = 5 // 0", "c.py:1: n_layer: .*by zero"),
+        ("n_layer = True + 1", "c.py:1: n_layer: only numbers can be calculated with, not True"),
+        ("dataset = 'a' * 3", "c.py:1: dataset: only numbers can be calculated with, not 'a'"),
+        ("n_layer = learning_rate", "c.py:1: n_layer: 'learning_rate' is not set in this file"),
+        ("on_cpu = {\n 'dataset': 'b',\n 'n_layers': 2}", "c.py:3: there is no setting 'n_layers'"),
+        ("on_cpu = {\n 'n_layer': 2,\n **{}}", "c.py:3: {}: takes a value or"),
+        ("base = 5", "c.py:1: base: takes the name of a file beside this one"),
+        ("n_layer = 5\nbase = 'absent.py'", "c.py:2: base='absent.py': .*absent.py: cannot read"),
+        ("base = 'c.py'", "c.py:1: base='c.py': a file cannot be its own base"),
+        ("base = 'd.py'", "d.py:2: base='c.py': a file cannot be its own base"),
+        ("base = 'e.py'", "e.py:1: there is no setting 'n_layers'; did you mean 'n_layer'"),
     ],
 )
 def test_a_wrong_config_file_gets_its_file_and_line(source, said, tmp_path, capsys):
     (tmp_path / "c.py").write_text(source)
+    (tmp_path / "d.py").write_text("n_layer = 2\nbase = 'c.py'")
+    (tmp_path / "e.py").write_text("n_layers = 2")
     with pytest.raises(SystemExit) as end:
-        config.override(GLOBALS, [str(tmp_path / "c.py")])
+        configurator.override(GLOBALS, [str(tmp_path / "c.py")])
     printed = capsys.readouterr().err
     assert end.value.code == 2 and re.search(said, printed) and printed.count("\n") == 1
 
@@ -157,11 +191,11 @@ def test_any_override_is_a_value_of_its_type_or_one_line(tmp_path_factory, items
     watched = True
     try:
         with contextlib.redirect_stderr(stderr):
-            found = config.override(GLOBALS, argv)
+            found = configurator.override(GLOBALS, argv)
     except SystemExit as end:
         assert end.code == 2 and len(stderr.getvalue().splitlines()) == 1
     else:
-        defaults = config.settings_of(GLOBALS)
+        defaults = configurator.Settings(GLOBALS)
         assert {k: type(v) for k, v in found.items()} == {k: type(v) for k, v in defaults.items()}
     finally:
         watched = False
@@ -185,16 +219,19 @@ def test_every_field_of_the_model_is_a_setting_with_its_default():
             assert re.search(rf"^{name} = {re.escape(value)}(\s|$)", source, re.M), name
 
 
+def of_preset(name, device):
+    """The settings of train.py with a preset."""
+    source, train = (ROOT / "train.py").read_text("utf-8"), {"__file__": "train.py"}
+    exec(source.split("# " + "-" * 77)[1], train)
+    argv = [str(ROOT / "config" / f"{name}.py"), f"--device={device}"]
+    return configurator.override(train, argv)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
-    source = (ROOT / "train.py").read_text("utf-8").split("settings = override")[0]
-    section = {}
-    for line in source.split("# " + "-" * 77)[1].splitlines():
-        if match := re.match(r"(\w+) = (.*?)(  #.*)?$", line):
-            section[match[1]] = config.parse(match[2].strip('"'), 0 if match[2][0] != '"' else "")
     sizes = {}
     for path in sorted((ROOT / "config").glob("[!_]*.py")):
-        settings = config.override(section, [str(path), f"--device={device}"])
+        settings = of_preset(path.stem, device)
         fields = {name: settings[name] for name in vars(ModelConfig()) if name in settings}
         sizes[path.stem] = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65)).num_params()
     for name in ("decoder_only", "canonical"):  # the next width, 86, would be further away
@@ -203,19 +240,16 @@ def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
     assert sizes["shakespeare_char"] < 1.1 * sizes["shakespeare_char_dense"]
 
 
-def test_the_dense_preset_is_the_main_job_without_experts():
-    main, dense = (
-        {name: value for name, value, _ in config.read_config_file(str(ROOT / "config" / name))}
-        for name in ("shakespeare_char.py", "shakespeare_char_dense.py")
-    )
-    for device in ("on_cuda", "on_cpu"):
-        del main[device]["penalty_iters"]
-    for name in ("max_iters", "lr_decay_iters"):  # the same time
-        assert dense["on_cpu"].pop(name) > main["on_cpu"].pop(name)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_dense_preset_is_the_main_job_without_experts(device):
+    main, dense = of_preset("shakespeare_char", device), of_preset("shakespeare_char_dense", device)
     ours = {"n_expert", "l1_norm", "l1_weight", "penalty_schedule"}
     assert dense["lateral"] and dense["shared_kv"] and not dense["decoder_self_attention"]
-    assert main.keys() - dense.keys() == ours and dense.keys() <= main.keys()
-    assert {n for n in dense if main[n] != dense[n]} == {"out_dir", "wandb_run_name"}
+    length = {"max_iters"} if device == "cpu" else set()  # the same time
+    differ = {name for name in dense if main[name] != dense[name]}
+    assert differ == ours | {"out_dir", "wandb_run_name"} | length
+    assert main["max_iters"] <= dense["max_iters"] and dense["n_expert"] == 0
+    assert main["lr_decay_iters"] == main["penalty_iters"] == dense["lr_decay_iters"] == 0
 
 
 @pytest.mark.parametrize(
@@ -231,10 +265,11 @@ def test_the_dense_preset_is_the_main_job_without_experts():
             "--router_input=embedding",
             "router_input='embedding' is gone: run it by experiments/ablations.py",
         ),
-        ("--encoder_loss=mse", "'encoder_loss' is gone: the last commit that has it is fd66022"),
-        ("--encoder_loss_weight=2", "'encoder_loss_weight' is gone: the last commit that has it"),
+        ("--encoder_loss=mse", "'encoder_loss' is gone: commit fd66022 has it"),
+        ("--encoder_loss_weight=2", "'encoder_loss_weight' is gone: commit fd66022 has it"),
+        ("--muon_learning_rate=0.02", "'muon_learning_rate' is gone: set muon_lr_ratio"),
         ("--penalty_schedule=cosine", "penalty_schedule='cosine': must be one of constant, linear"),
-        ("--penalty_iters=0", "penalty_iters=0: must be at least 1"),
+        ("--penalty_iters=-1", "penalty_iters=-1: must be at least 0"),
     ],
 )
 def test_a_setting_that_was_retired_says_where_it_went(argument, said, tmp_path):

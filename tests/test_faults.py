@@ -136,7 +136,7 @@ def test_a_read_only_folder_leaves_what_was_there(trained, text, tmp_path):
     for said, script, *args in (
         ("out/ckpt.pt: cannot be written: Permission denied", "train.py", *TINY,
          "--init_from=resume", "--max_iters=30"),
-        ("out_dir='out': cannot be used: Permission denied", "train.py", *TINY),
+        ("out/ckpt.pt: cannot be written: Permission denied", "train.py", *TINY),
         ("Permission denied", "prepare_shakespeare.py", "--input_file=input.txt"),
     ):  # fmt: skip
         fails_with(said, tmp_path, script, *args, first=bound_by_permissions)

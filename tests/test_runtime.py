@@ -1,10 +1,10 @@
-"""Tests of mfu.py: the share of the peak that a step reaches, by hand."""
+"""Tests of runtime.py: the share of the peak that a step reaches, by hand."""
 
 import pytest
 import torch
 
-from mfu import estimate_mfu
 from model import Attention
+from runtime import estimate_mfu
 from test_model import build
 
 

@@ -6,7 +6,9 @@ import sys
 import threading
 
 import pytest
+import torch
 
+from checkpoint import load
 from common import OFFLINE, ROOT, fails_with, succeed
 
 
@@ -25,6 +27,31 @@ def test_sample_needs_the_checkpoint_alone(trained, tmp_path):
     args = ("--num_samples=1", "--temperature=0", "--max_new_tokens=30", "--device=cpu")
     printed = succeed(tmp_path, "sample.py", *args, "--start=FILE:prompt.txt")
     assert printed.startswith("class A:\n    ") and len(printed) == 13 + 30 + 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_says_as_much_as_float32(dtype, trained):
+    """Not the same text, since logits differ; but each likely token is likely in both."""
+    args = ("--out_dir=whole", "--device=cpu", "--start=def ", "--num_samples=1", "--temperature=0")
+    whole, half = (
+        succeed(trained[0], "sample.py", *args, f"--dtype={name}") for name in ("float32", dtype)
+    )
+    assert half.startswith("def ") and len(half) == len(whole) == 4 + 500 + 1
+    assert half[:8] == whole[:8]
+
+
+def test_load_gives_a_trained_model_and_its_tokenizer(trained, monkeypatch):
+    """Two lines from a run to text: what sample.py says, on the best device, in evaluation."""
+    monkeypatch.chdir(trained[0])
+    model, tokenizer = load("whole")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert not model.training and model.tok_emb.weight.device.type == device
+    idx = torch.tensor([tokenizer.encode("def ")], device=device)
+    text = tokenizer.decode(model.generate(idx, 60, temperature=0)[0].tolist())
+    args = ("--out_dir=whole", "--start=def ", "--num_samples=1", "--temperature=0")
+    assert text + "\n" == succeed(trained[0], "sample.py", *args, "--max_new_tokens=60")
+    with pytest.raises(ValueError, match="absent/ckpt.pt: there is no checkpoint"):
+        load("absent")
 
 
 def test_compile_without_a_compiler_is_one_line(trained):

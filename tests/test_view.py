@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common import OFFLINE, ROOT, run
-from config import printable
+from configurator import printable
 from model import ModelConfig, ParallelEncoderDecoder
 from prepare_shakespeare import Tokenizer
 from view import Seen, in_colour, see, write_html

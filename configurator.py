@@ -1,0 +1,239 @@
+"""A script's settings: its globals, overridden by config files and --key=value, in order.
+
+A config file assigns values, as in `gradient_accumulation_steps = 5 * 8`. It is parsed, never run.
+Three names are special: `base = "other.py"` reads that file, which lies beside it, in place;
+`on_cuda = {...}` and `on_cpu = {...}` hold settings for a CUDA GPU, and for all other devices.
+"""
+
+import ast
+import difflib
+import re
+import signal
+import sys
+import unicodedata
+from collections.abc import Iterator, Mapping
+from operator import add, floordiv, mul, sub, truediv
+from pathlib import Path
+from typing import Any, NoReturn
+
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv}
+UNUSABLE = (ValueError, ArithmeticError, MemoryError, RecursionError)  # what `evaluate` raises
+# Settings that there were once, and what took their place.
+ABLATED = "cross_first n_cross_head next_position router_detach rounding rounding_scale"
+RETIRED = dict.fromkeys(ABLATED.split(), "run it by experiments/ablations.py")
+RETIRED["router_input=embedding"] = "run it by experiments/ablations.py"
+RETIRED |= dict.fromkeys(("encoder_loss", "encoder_loss_weight"), "commit fd66022 has it")
+RETIRED["muon_learning_rate"] = "set muon_lr_ratio, Muon's rate over learning_rate"
+
+
+class Settings(dict[str, Any]):
+    """The settings of a script by name, at first its globals in lower case of type int, float, bool
+    or str. Its globals LEAST and ALLOWED, where it has them, say which values they may have."""
+
+    def __init__(self, script_globals: Mapping[str, Any]):
+        for name, value in script_globals.items():
+            if name.islower() and name[0] != "_" and isinstance(value, (int, float, bool, str)):
+                self[name] = value
+        self.least = script_globals.get("LEAST", {})
+        self.allowed = script_globals.get("ALLOWED", {})
+        self.where: dict[str, str] = {}  # of what is not the default: "mine.py:3", "--n_layer=4"
+
+
+def override(script_globals: Mapping[str, Any], argv: list[str]) -> Settings:
+    """The settings after the arguments: config files, --key=value, --key value, or --key alone for
+    True, in order; the last one wins. A mistake ends the process with one line."""
+    settings = Settings(script_globals)
+    if "--help" in argv or "-h" in argv:
+        print_help(script_globals, settings)
+        sys.exit(0)
+    given = [*read_arguments(argv, settings)]
+    device = settings.get("device")
+    for _, name, value, _ in sum(given, []):
+        if name == "device":
+            device = value.value if isinstance(value, ast.Constant) else value
+    device = str(pick_device(device) if device == "auto" else device)
+    elsewhere = "on_cpu" if "cuda" in device else "on_cuda"
+    for assignments in given:
+        names: dict[str, Any] = {}  # what this file has set before
+        for section, name, value, where in assignments:
+            if section == elsewhere:
+                require_known(name, settings, where)
+                continue
+            if isinstance(value, ast.expr):
+                try:
+                    value = evaluate(value, names)
+                except UNUSABLE as error:
+                    fail(f"{where}: {name}: {error}")
+            if name in ("on_cuda", "on_cpu"):
+                fail(f"{where}: {name}: takes a dict of settings, not {value!r}")
+            names[name] = settings[name] = check(name, value, settings, where)
+            settings.where[name] = where
+    return settings
+
+
+def read_arguments(argv: list[str], settings: Settings) -> Iterator[list[tuple]]:
+    """For each argument its assignments (section, name, value, where), section "" for none; what a
+    config file assigns is an expression, not evaluated yet."""
+    args = list(argv)
+    while args:
+        arg = args.pop(0)
+        if not arg.startswith("--"):
+            yield [*read_config_file(arg)]
+            continue
+        key, equals, value = arg[2:].partition("=")
+        if not equals:
+            is_bool = type(settings.get(key)) is bool
+            if is_bool and not (args and args[0].lower() in ("true", "false")):
+                value = "True"
+            elif args and not args[0].startswith("--"):
+                value = args.pop(0)
+            else:
+                require_known(key, settings, arg)
+                fail(f"--{key}: has no value; write --{key}=VALUE")
+        yield [("", key, parse(value, settings.get(key)), f"--{key}={value}")]
+
+
+def read_config_file(path: str, users: tuple[Path, ...] = (), said: str = "") -> Iterator[tuple]:
+    """The assignments of a config file, those of its base in place; `users` are the files that have
+    it as their base, `said` is the place which says so."""
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except OSError as error:
+        hint = "" if said else " (settings are --key=value)"
+        fail(f"{said}{path}: cannot read this config file: {error.strerror}{hint}")
+    except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte, or not UTF-8
+        fail(f"{path}:{getattr(error, 'lineno', None) or 1}: not valid Python: {error}")
+    except (MemoryError, RecursionError):
+        fail(f"{path}: not a config file: an expression in it is nested too deeply")
+    for node in tree.body:
+        where = f"{path}:{node.lineno}"
+        match node:
+            case ast.Expr(value=ast.Constant()):  # a docstring
+                continue
+            case ast.Assign(targets=[ast.Name(id="base")], value=ast.Constant(value=str(name))):
+                base, chain = Path(path).parent / name, (*users, Path(path).resolve())
+                if base.resolve() in chain:
+                    fail(f"{where}: base={name!r}: a file cannot be its own base")
+                yield from read_config_file(str(base), chain, f"{where}: base={name!r}: ")
+            case ast.Assign(targets=[ast.Name(id="base")]):
+                fail(f"{where}: base: takes the name of a file beside this one, as text")
+            case ast.Assign(
+                targets=[ast.Name(id=("on_cuda" | "on_cpu") as name)], value=ast.Dict()
+            ):
+                for key, value in zip(node.value.keys, node.value.values, strict=True):
+                    key = key.value if isinstance(key, ast.Constant) else ast.unparse(key or value)
+                    yield name, key, value, f"{path}:{value.lineno}"
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                yield "", name, value, where
+            case _:
+                fail(f"{where}: a config file only assigns values to settings: batch_size = 12")
+
+
+def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    """The value of an expression: a plain value, one of `names`, or + - * / // on numbers.
+    ValueError, with a line for the user, for all else."""
+
+    def number(node: ast.expr) -> int | float:
+        if type(value := evaluate(node, names)) in (int, float):
+            return value
+        raise ValueError(f"only numbers can be calculated with, not {value!r}")
+
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name) if name in names:
+            return names[name]
+        case ast.Name(id=name):
+            raise ValueError(f"{name!r} is not set in this file before this line")
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -number(operand)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](number(left), number(right))
+    raise ValueError(f"takes a value or a calculation with numbers, not {ast.unparse(node)!r}")
+
+
+def parse(text: str, default: Any) -> Any:
+    """A value from the command line: as it stands for a text setting, else evaluated."""
+    if isinstance(default, str):
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return evaluate(ast.parse(text.strip(), mode="eval").body, {})
+    except (SyntaxError, *UNUSABLE):
+        return text
+
+
+def require_known(name: Any, settings: Settings, where: str) -> None:
+    """Ends the process where there is no such setting, and names the nearest."""
+    if name not in settings:
+        if name in RETIRED:
+            fail(f"{where}: the setting {name!r} is gone: {RETIRED[name]}")
+        near = difflib.get_close_matches(str(name), settings, n=1)
+        hint = "".join(f"; did you mean {other!r}?" for other in near)
+        fail(f"{where}: there is no setting {name!r}{hint} (--help lists all)")
+
+
+def check(name: Any, value: Any, settings: Settings, where: str) -> Any:
+    """The value, in the type that the setting `name` has; ends the process where it cannot be."""
+    require_known(name, settings, where)
+    if f"{name}={value}" in RETIRED:
+        fail(f"{where}: {name}={value!r} is gone: {RETIRED[f'{name}={value}']}")
+    kind = type(settings[name])
+    if kind is float and type(value) is int and abs(value) < 1e300:
+        value = float(value)
+    if type(value) is not kind:
+        fail(f"{where}: {name} takes {kind.__name__} (such as {settings[name]!r}), not {value!r}")
+    place = "" if where.startswith("--") else f"{where}: "
+    if name in settings.least and not value >= settings.least[name]:  # NaN is not, either
+        fail(f"{place}{name}={value}: must be at least {settings.least[name]}")
+    if name in settings.allowed and value not in settings.allowed[name]:
+        fail(f"{place}{name}={value!r}: must be one of {', '.join(settings.allowed[name])}")
+    return value
+
+
+def print_help(script_globals: Mapping[str, Any], settings: Settings) -> None:
+    """Prints the script's docstring, and every setting as its source has it, comment included."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends like other programs
+    print(script_globals["__doc__"].strip() + "\n\nSettings and their defaults:\n")
+    names = set(settings)
+    for line in Path(script_globals["__file__"]).read_text(encoding="utf-8").splitlines():
+        if (match := re.match(r"(\w+) = ", line)) and match[1] in names:
+            names.remove(match[1])  # its first assignment is the default
+            print(f"  --{line.replace(' = ', '=', 1)}")
+
+
+def pick_device(device: str) -> str:
+    """The device to use: for `auto` CUDA, else MPS, else the CPU. Ends the process without it."""
+    import torch  # here, since preparing text needs no torch
+
+    if device == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else mps
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"device={device!r}: {str(error).splitlines()[0]}")
+    return device
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the process with one line on stderr that names the script, and exit status 2."""
+    line = printable(message).replace("\n", "\\n")
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: controls but for line ends and tabs, and marks of
+    direction and the like, are spelled out, as \\x1b."""
+    kept, steering = "\n\t", ("Cc", "Cf", "Cs", "Zl", "Zp")
+    spelled = {c: ascii(c)[1:-1] for c in set(text) if unicodedata.category(c) in steering}
+    return "".join(c if c in kept else spelled.get(c, c) for c in text)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether it says that there is not enough memory, of whatever device."""
+    return isinstance(error, MemoryError) or bool(re.search("(out of|allocate) memory", str(error)))
