@@ -35,8 +35,8 @@ TINY = (
 # A run that is still going when the signal comes, however late this process wakes up.
 LONG = ("--max_iters=3000", "--lr_decay_iters=3000", "--eval_interval=1500", "--log_interval=6")
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "numpy", "pytest", "hypothesis", "tiktoken"]
+FORKSERVER.set_forkserver_preload(  # torch._dynamo: any optimizer imports it, in 0.6 s
+    ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.benchmark", "tiktoken"]
 )
 
 
@@ -59,11 +59,12 @@ def become(folder, argv, env, output, first):
         sys.exit(1)
 
 
-def run(folder, script, *args, env=OFFLINE, timeout=120, first=None):
+def run(folder, script, *args, env=OFFLINE, timeout=120, first=None, fresh=False):
     """Runs a script of ours in `folder`, to its end: in a process of its own, which has torch
-    imported already, since that takes longer than most of the tests; it calls `first` first."""
+    imported already, since that takes longer than most of the tests; it calls `first` first.
+    fresh: a process which has imported nothing."""
     argv = [str(ROOT / script), *args]
-    if sys.platform != "linux":
+    if fresh or sys.platform != "linux":
         return subprocess.run(
             [sys.executable, *argv],
             cwd=folder, env=env, capture_output=True, text=True, timeout=timeout, preexec_fn=first,
