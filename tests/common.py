@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -45,8 +47,9 @@ def become(folder, argv, env, output, first):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
-    for number, path in zip((1, 2), output, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    for number, file in zip((1, 2), output, strict=True):
+        os.dup2(file.fileno(), number)
+        file.close()
     sys.argv, sys.path[0] = argv, str(ROOT)
     sys.path[1:1] = env.get("PYTHONPATH", "").split(os.pathsep)
     torch.set_num_threads(1)
@@ -59,27 +62,74 @@ def become(folder, argv, env, output, first):
         sys.exit(1)
 
 
-def run(folder, script, *args, env=OFFLINE, timeout=120, first=None, fresh=False):
-    """Runs a script of ours in `folder`, to its end: in a process of its own, which has torch
-    imported already, since that takes longer than most of the tests; it calls `first` first.
-    fresh: a process which has imported nothing."""
-    argv = [str(ROOT / script), *args]
+class Forked:
+    """A process of the fork server, with what a subprocess.Popen has."""
+
+    def __init__(self, *args):
+        self.process = FORKSERVER.Process(target=become, args=args)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise TimeoutError(f"process {self.pid} took more than {timeout} s")
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+def start(folder, script, *args, env=OFFLINE, output=None, first=None, fresh=False):
+    """Starts a script of ours in `folder`: in a process of its own, which has torch imported
+    already, since that takes longer than most of the tests; it calls `first` first. `output`: the
+    files for its stdout and stderr, else both are to be read from its `stdout`. fresh: a process
+    which has imported nothing."""
+    argv, piped = [str(ROOT / script), *args], None
+    if output is None:
+        reads, writes = os.pipe()
+        piped = open(writes, "wb")
+        output = (piped, piped)
     if fresh or sys.platform != "linux":
-        return subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, *argv],
-            cwd=folder, env=env, capture_output=True, text=True, timeout=timeout, preexec_fn=first,
+            cwd=folder, env=env, stdout=output[0], stderr=output[1], preexec_fn=first,
         )  # fmt: skip
-    with tempfile.TemporaryDirectory() as name:
+    else:
+        files = [Connection(os.dup(file.fileno()), readable=False) for file in output]
+        process = Forked(folder, argv, env, files, first)
+    if piped:
+        piped.close()
+        process.stdout = open(reads, encoding="utf-8")
+    return process
+
+
+def run(folder, script, *args, timeout=120, first=None, **how):
+    """Runs a script of ours in `folder`, to its end; see `start`."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         # With a limit to the size of files only the errors are kept, which are short.
-        output = [Path(name, "stdout") if first is None else Path(os.devnull), Path(name, "stderr")]
-        process = FORKSERVER.Process(target=become, args=(folder, argv, env, output, first))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
+        with open(os.devnull, "wb") as nothing:
+            output = (stdout if first is None else nothing, stderr)
+            process = start(folder, script, *args, output=output, first=first, **how)
+        try:
+            process.wait(timeout)
+        finally:
             process.kill()
-            raise TimeoutError(f"{argv} took more than {timeout} s")
-        printed = [path.read_text("utf-8") for path in output]
-        return subprocess.CompletedProcess(argv, process.exitcode, *printed)
+        printed = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            printed.append(file.read().decode())
+        return subprocess.CompletedProcess([script, *args], process.poll(), *printed)
 
 
 def succeed(*args, **kwargs):
@@ -99,15 +149,7 @@ def start_and_signal(
     folder, number, *args, after="iter 12:", times=1, script="train.py", tiny=True
 ):
     """Starts train.py, sends it a signal when it has printed `after`; its output and status."""
-    command = [sys.executable, str(ROOT / script), *(TINY if tiny else ()), *args]
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=OFFLINE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start(folder, script, *(TINY if tiny else ()), *args)
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()
     printed = ""

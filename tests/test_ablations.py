@@ -4,10 +4,9 @@ import ast
 import copy
 import json
 import math
-import os
 import re
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 import ablations
 import model as model_file
 from ablation_reference import build, close, reference
-from common import ROOT
+from common import ROOT, succeed
 from test_model import GPT, LEAN, assert_router_slope, random_ids
 
 torch.set_num_threads(1)  # the tensors are small, and the cores may be shared
@@ -483,14 +482,7 @@ def test_a_model_can_be_copied():
 
 def test_trains_and_samples_as_a_user_would(tmp_path):
     (tmp_path / "input.txt").write_text((ROOT / "LICENSE").read_text("utf-8"), "utf-8")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(*args):
-        command = [sys.executable, str(ROOT / args[0]), *args[1:]]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
+    run = partial(succeed, tmp_path)
     run("prepare_shakespeare.py", "--input_file=input.txt", "--dataset=mine")
     sizes = "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --warmup_iters=2"
     steps = "--max_iters=4 --lr_decay_iters=4 --eval_interval=4 --eval_iters=1 --log_interval=1"

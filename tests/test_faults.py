@@ -22,6 +22,7 @@ from common import (
     fails_with,
     run,
     same_run,
+    start,
     start_and_signal,
     succeed,
     weights,
@@ -167,16 +168,14 @@ def test_a_folder_that_cannot_be_written_gets_one_line(workplace):
 
 def test_two_runs_into_one_folder(workplace):
     endless = ("--max_iters=100000000", "--eval_interval=100000000", "--log_interval=100000000")
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, *endless]
-    with subprocess.Popen(
-        command, cwd=workplace, env=OFFLINE, stdout=subprocess.PIPE, text=True
-    ) as first:
-        try:
-            while "iter 0:" not in first.stdout.readline():
-                assert first.poll() is None
-            fails_with("out_dir='out': another run is writing there", workplace, "train.py", *TINY)
-        finally:
-            first.kill()
+    first = start(workplace, "train.py", *TINY, *endless)
+    try:
+        while "iter 0:" not in first.stdout.readline():
+            assert first.poll() is None
+        fails_with("out_dir='out': another run is writing there", workplace, "train.py", *TINY)
+    finally:
+        first.kill()
+        first.wait(60)
     succeed(workplace, "train.py", *TINY, "--max_iters=1")  # a killed run leaves no lock
 
 

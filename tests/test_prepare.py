@@ -163,13 +163,14 @@ def dying(call):
 os.fsync, os.replace = dying(os.fsync), dying(os.replace)
 p.prepare("char", "input.txt")
 """
+    (tmp_path / "dying.py").write_text(code, "utf-8")
     (tmp_path / "input.txt").write_text(text, "utf-8")
     folder = tmp_path / "data/shakespeare_char"
     for older in (None, "another text, which is older\n" * 9):
         if older:
             (tmp_path / "old.txt").write_text(older, "utf-8")
             succeed(tmp_path, "prepare_shakespeare.py", "--input_file=old.txt")
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+        done = run(tmp_path, tmp_path / "dying.py")
         assert done.returncode == (9 if dies_at < 6 else 0), done.stderr
         if (folder / "meta.json").exists():
             meta = json.loads((folder / "meta.json").read_text("utf-8"))

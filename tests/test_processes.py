@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,9 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import LONG, OFFLINE, ROOT, TINY, evaluations, figures, losses, run, succeed, weights
+from common import (
+    LONG,
+    OFFLINE,
+    ROOT,
+    TINY,
+    evaluations,
+    figures,
+    losses,
+    run,
+    start,
+    succeed,
+    weights,
+)
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = (f"{torch.__path__[0]}/distributed/run.py", "--standalone", "--nproc_per_node=2")
 
 
 def run_two(folder, *args, script="train.py"):
@@ -121,10 +132,8 @@ def test_each_process_holds_a_share_with_fsdp_and_all_without(args, workplace):
 @contextlib.contextmanager
 def two_that_train(folder, *args):
     """train.py as two processes which train: the torchrun process, and the ids of the two."""
-    torchrun = subprocess.Popen(
-        [*TORCHRUN, str(ROOT / "train.py"), *TINY, *LONG, "--gradient_accumulation_steps=2", *args],
-        cwd=folder, env=OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    args = (*TINY, *LONG, "--gradient_accumulation_steps=2", *args)
+    torchrun = start(folder, *TORCHRUN, str(ROOT / "train.py"), *args)
     watchdog = threading.Timer(100, torchrun.terminate)  # which it passes on to the two
     watchdog.start()
     try:
@@ -139,7 +148,8 @@ def two_that_train(folder, *args):
     finally:
         watchdog.cancel()
         torchrun.terminate()
-        torchrun.communicate(timeout=60)
+        torchrun.stdout.read()
+        torchrun.wait(60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")

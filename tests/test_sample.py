@@ -1,15 +1,14 @@
 """Tests of sample.py; those of what it shows of the experts are in test_view.py."""
 
 import signal
-import subprocess
-import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
 
 from checkpoint import load
-from common import OFFLINE, ROOT, fails_with, succeed
+from common import OFFLINE, fails_with, start, succeed
 
 
 def test_sample_needs_the_checkpoint_alone(trained, tmp_path):
@@ -62,22 +61,16 @@ def test_compile_without_a_compiler_is_one_line(trained):
 
 
 def test_a_single_sample_streams(trained):
-    command = [sys.executable, str(ROOT / "sample.py"), "--out_dir=whole", "--num_samples=1"]
-    command += ["--max_new_tokens=1000000", "--device=cpu", "--start=model"]
-    process = subprocess.Popen(
-        command,
-        cwd=trained[0],
-        env=OFFLINE,
-        stdout=subprocess.PIPE,
-        # Where the tests run in the background, an ignored SIGINT would be inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    args = ("--out_dir=whole", "--num_samples=1", "--max_new_tokens=1000000", "--device=cpu")
+    # Where the tests run in the background, an ignored SIGINT would be inherited.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = start(trained[0], "sample.py", *args, "--start=model", first=heed)
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()
-    first = process.stdout.read(25)
+    first = process.stdout.buffer.read(25)
     assert first.startswith(b"model") and process.poll() is None
     process.send_signal(signal.SIGINT)
-    rest = process.stdout.read()
+    rest = process.stdout.buffer.read()
     watchdog.cancel()
     assert process.wait(timeout=30) == 130 and len(rest) < 500_000
 

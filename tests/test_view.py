@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
 import torch
 
-from common import OFFLINE, ROOT, run
+from common import OFFLINE, ROOT, run, start
 from configurator import printable
 from model import ModelConfig, ParallelEncoderDecoder
 from prepare_shakespeare import Tokenizer
@@ -181,12 +180,10 @@ def test_a_terminal_gets_colours_and_no_control_characters(coloured, folder):
     """Several samples with their experts, and a single one as it comes."""
     args = ("--show_experts", "--num_samples=2") if coloured else ("--num_samples=1",)
     ours, theirs = pytest.importorskip("pty").openpty()
-    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", *args]
-    process = subprocess.Popen(
-        [*command, "--start=\x1b\u202e<", "--max_new_tokens=200"],
-        cwd=folder, stdout=theirs, env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": ""},
-    )  # fmt: skip
-    os.close(theirs)
+    args += ("--device=cpu", "--start=\x1b\u202e<", "--max_new_tokens=200")
+    with open(theirs, "wb", buffering=0) as terminal:
+        env = {**OFFLINE, "FORCE_COLOR": ""}
+        process = start(folder, "sample.py", *args, env=env, output=(terminal, terminal))
     printed = b""
     try:
         while piece := os.read(ours, 4096):
