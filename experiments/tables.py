@@ -1,6 +1,6 @@
-"""The tables of the READMEs, made from the results that are committed.
+"""The tables of the README and the docs, made from the committed results.
 
-    python experiments/tables.py       writes them anew, each between its two comments in a README
+    python experiments/tables.py       rewrites each table, between its two comments in PAGES
 
 A difference is the mean over paired seeds, with its standard error behind ±. Losses are those of
 the whole validation split of tinyshakespeare, in nats per character.
@@ -19,7 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import QUESTIONS  # noqa: E402
 
 HERE = Path(__file__).parent
-READMES = (HERE.parent / "README.md", HERE / "README.md")
+ROOT = HERE.parent
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    HERE / "README.md",
+    HERE / "recipe/README.md",
+)
 
 
 @cache
@@ -84,17 +90,49 @@ def markdown(heads: str, rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {line} |" for line in (*lines, *map(" | ".join, rows)))
 
 
+def recipe_runs() -> dict[str, list[dict]]:
+    """The runs of each preset in recipe/results.jsonl, at commit fd66022."""
+    found: dict[str, list[dict]] = {}
+    for row in read("recipe/results.jsonl"):
+        if preset := re.fullmatch(r"config/(\w+)\.py", row["settings"]):
+            found.setdefault(preset[1], []).append(row)
+    return {name: sorted_by_seed(rows) for name, rows in found.items()}
+
+
+def summary() -> str:
+    """Results at a glance: the losses of the presets, the speeds at 20 million parameters."""
+    found = recipe_runs() | runs("presets")  # the newest there are
+    of_speed = {
+        model: next(row for row in rows if row["prompt"] == 1024)
+        for (size, model, *_), rows in speeds("prompt").items()
+        if size == "20 M"
+    }
+    lines = []
+    for preset, label, model in (
+        ("decoder_only", "plain GPT", "GPT"),
+        ("shakespeare_char_dense", "lean, no experts", "lean, shared_kv"),
+        ("shakespeare_char", "lean, 16 experts", ""),
+        ("canonical", "canonical", "canonical"),
+    ):
+        rows = [row for row in found[preset] if row["seed"] <= 3]
+        cells = ("", "")
+        if model:
+            row, gpt = of_speed[model], of_speed["GPT"]
+            cached = row["cache_bytes_a_token"] / gpt["cache_bytes_a_token"]
+            cells = (f"{row['times_lean']:.2f}", f"{cached:.2f}")
+        name = f"{label} (`config/{preset}.py`)"
+        lines.append((name, f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}", *cells))
+    heads = "model | parameters: | validation loss: | time to read 1,024 tokens, lean = 1: "
+    return markdown(heads + "| KV cache per token, GPT = 1:", lines)
+
+
 def recipe() -> str:
     """The presets, five seeds each."""
-    rows, found = read("recipe/results.jsonl"), {}
-    for row in rows:
-        if row["settings"].startswith("config/"):
-            found.setdefault(row["settings"], []).append(row)
-    dense = found["config/shakespeare_char_dense.py"]
-    names = ("shakespeare_char", "shakespeare_char_dense", "decoder_only", "canonical")
+    found = recipe_runs()
+    dense = found["shakespeare_char_dense"]
     lines = []
-    for name in names:
-        of_name = found[f"config/{name}.py"]
+    for name in ("shakespeare_char", "shakespeare_char_dense", "decoder_only", "canonical"):
+        of_name = found[name]
         losses = ", ".join(f"{row['val_loss']:.3f}" for row in of_name)
         lines.append((
             f"`config/{name}.py`", f"{of_name[0]['parameters'] / 1e6:.3f} M",
@@ -186,8 +224,8 @@ def texts() -> str:
         ratios = (f"{row[f'{who}_faster']:.2f}" for who in ("ours_is", "compiled_is"))
         return f"{row['tokens_per_second']:,.0f}", *ratios
 
-    heads = "| parameters: | ten texts at once, tokens/s: | ours is faster by: | compiled by: "
-    return markdown(heads + "| one text, tokens/s: | ours by: | compiled by:", (
+    heads = "| parameters: | ten texts, tokens/s: | ours / this: | ours compiled / this: "
+    return markdown(heads + "| one text, tokens/s: | ours / this: | ours compiled / this:", (
         (name, f"{of[1]['parameters'] / 1e6:.3f} M", *cells(of[10]), *cells(of[1]))
         for name, of in rows.items()
     ))  # fmt: skip
@@ -195,8 +233,8 @@ def texts() -> str:
 
 def sparse() -> str:
     """Experts that are off, from bench_inference.py."""
-    heads = "parameters | tokens at once: | experts on: | all computed: | only those on: "
-    heads += "| speed-up: | ideal: | by the rule: | of the memory's speed:"
+    heads = "parameters | tokens at once: | experts on: | all computed: | off skipped: "
+    heads += "| speed-up: | ideal: | with the rule: | of memory bandwidth:"
     return markdown(heads, (
         (millions(row), str(row["tokens_at_once"]), f"{row['on']} of {row['of']}",
          f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms", f"{row['speed_up']:.2f}",
@@ -226,21 +264,19 @@ def compared(question: str, base: str) -> str:
 
 
 def presets() -> str:
-    """The presets since the lateral connection has no parameters, beside the same seeds before."""
-    before = {}
-    for row in read("recipe/results.jsonl"):
-        before.setdefault(row["settings"], {})[row["seed"]] = row
+    """The presets with the present layer, beside the same seeds with the old one."""
     lines = []
     for name, rows in runs("presets").items():
-        old = [before[f"config/{name}.py"][row["seed"]] for row in rows]
+        seeds = {row["seed"] for row in rows}
+        old = [row for row in recipe_runs()[name] if row["seed"] in seeds]
         cells = [f"`config/{name}.py`"]
         for of in (rows, old):
             cells.append(f"{of[0]['parameters']:,}")
             cells.append(", ".join(f"{row['val_loss']:.3f}" for row in of))
         on = percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None)
         lines.append((*cells, show_difference(rows, old), on))
-    heads = "| parameters: | seeds 1, 2, 3 | before: | seeds 1, 2, 3, before | difference: "
-    return markdown(heads + "| experts on, now:", lines)
+    heads = "| parameters: | seeds 1, 2, 3 | parameters, old layer: | seeds 1, 2, 3, old layer "
+    return markdown(heads + "| difference: | experts on:", lines)
 
 
 def sizes() -> str:
@@ -298,26 +334,24 @@ def curve() -> str:
 
 
 def probes() -> str:
-    """The share of each target that a linear map of a stream names rightly, in per cent."""
+    """The accuracy of a linear probe of each stream for each target, in per cent."""
     found, lines = runs("inside"), []
-    commonest = found["canonical"][0]["probes"]["the commonest"]  # of the text: no seed matters
+    majority = found["canonical"][0]["probes"]["the commonest"]  # of the text: no seed matters
     for name, rows in found.items():
         of_streams = [row["probes"] for row in rows]
         for stream in of_streams[0]:
             if stream == "the commonest":
                 continue
-            shares = ([100 * p[stream][target] for p in of_streams] for target in commonest)
+            shares = ([100 * p[stream][target] for p in of_streams] for target in majority)
             lines.append((name, stream, *(with_error(s, 1) for s in shares)))
-    lines.append(
-        ("the commonest answer", "", *(f"{100 * share:.1f}" for share in commonest.values()))
-    )
-    return markdown("| stream | " + " | ".join(f"{target}, %:" for target in commonest), lines)
+    lines.append(("majority baseline", "", *(f"{100 * share:.1f}" for share in majority.values())))
+    return markdown("| stream | " + " | ".join(f"{target}, %:" for target in majority), lines)
 
 
 def cuts(whole: bool) -> str:
-    """Losses with something left out at test time, as differences from the whole model.
+    """Ablations at test time: the loss, as a difference from that of the whole model.
 
-    All of them, or the telling ones for the README.
+    All of them, or the telling ones for docs/results.md.
     """
     found = runs("inside")
     if not whole:
@@ -357,6 +391,7 @@ def use() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "recipe": recipe,
     "training, 128 wide": lambda: training("C=128"),
     "training, 384 wide": lambda: training("C=384"),
@@ -387,5 +422,5 @@ def fill(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in READMES:
+    for path in PAGES:
         path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
