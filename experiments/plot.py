@@ -1,4 +1,4 @@
-"""The README's figures, from experiments/results.jsonl.
+"""The figures of docs/results.md, from experiments/results.jsonl.
 
     pip install -r requirements-dev.txt
     python experiments/plot.py          draws those of assets/ whose functions stand below
@@ -78,7 +78,7 @@ def variants() -> None:
 
 
 def probes() -> None:
-    """What a linear map reads from each stream, layer by layer."""
+    """Accuracy of linear probes of each stream, layer by layer."""
     found = runs("inside")
     lines = {  # (model, stack): how it is drawn
         ("canonical", "e"): (BLUE, "o-", "encoder"),
@@ -100,7 +100,7 @@ def probes() -> None:
         )  # fmt: skip
         ax.set_title(target, fontsize=10)
         ax.set_xticks(range(4))
-    axes[0].set_ylabel("named rightly, %")
+    axes[0].set_ylabel("accuracy, %")
     fig.supxlabel("after layer (0: E)", fontsize=10, color=GRAY)
     axes[0].legend(fontsize=8, loc="center")
     fig.tight_layout()
