@@ -1,4 +1,4 @@
-"""The figures of docs/results.md, from experiments/results.jsonl.
+"""The figures of the README and of docs/results.md, from experiments/results.jsonl.
 
     pip install -r requirements-dev.txt
     python experiments/plot.py          draws those of assets/ whose functions stand below
@@ -36,6 +36,29 @@ def save(name: str) -> None:
 
 def spread(rows: list[dict]) -> float:
     return error([row["val_loss"] for row in rows])
+
+
+def loss() -> None:
+    """The validation loss of the presets while they train, each seed a line."""
+    labels = {
+        "shakespeare_char_dense": (GREEN, "no experts"),
+        "shakespeare_char": (BLUE, "16 experts"),
+    }
+    _, ax = plt.subplots(figsize=(6.4, 3.0))
+    for name, rows in runs("presets").items():
+        for row in rows:
+            steps, losses = zip(*row["curve"], strict=True)
+            color, label = labels[name]
+            ax.plot(
+                steps, losses, color=color, label=label if row is rows[0] else None, linewidth=1
+            )
+    ax.axhline(1.886, color=GRAY, linewidth=0.8, linestyle=":")
+    ax.text(3600, 1.9, "nanoGPT's CPU preset, at its end", ha="right", va="bottom", color=GRAY)
+    ax.set_ylim(1.4, 2.6)
+    ax.set_xlabel("iteration")
+    ax.set_ylabel("validation loss, nats per character")
+    ax.legend()
+    save("loss")
 
 
 def curve() -> None:
@@ -139,5 +162,5 @@ def experts() -> None:
 
 
 if __name__ == "__main__":
-    for draw in (curve, variants, probes, experts):
+    for draw in (loss, curve, variants, probes, experts):
         draw()

@@ -6,11 +6,13 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -143,6 +145,19 @@ def fails_with(said, *args, status=2, **kwargs):
     done = run(*args, **kwargs)
     assert done.returncode == status, done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1 and re.search(said, done.stderr), done.stderr
+
+
+def run_two(folder, *args, script="train.py"):
+    """Runs train.py as two processes, as torchrun does; what they printed."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [{**OFFLINE, **world, "RANK": k, "LOCAL_RANK": k} for k in "01"]
+        one, two = pool.map(lambda env: run(folder, script, *args, env=env), ranks)
+    assert one.returncode == two.returncode == 0, one.stdout + one.stderr + two.stderr
+    one.stderr += two.stderr
+    return one
 
 
 def start_and_signal(

@@ -1,13 +1,16 @@
-"""Tests of the README and the docs: tables are those of the results, files and questions exist."""
+"""Tests of the README and the docs: tables are those of the results, files and questions exist, and
+commands and code run."""
 
 import json
 import re
+import shlex
+import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent
+from common import ROOT, TINY, run_two, succeed
+
 sys.path.insert(0, str(ROOT / "experiments"))
 import tables  # noqa: E402
 
@@ -68,3 +71,50 @@ def test_the_index_names_each_question():
     assert named == {json.loads(line)["question"] for line in lines} | benchmarks
     known = {question.__name__ for question in tables.QUESTIONS}
     assert {json.loads(line)["question"] for line in lines} <= known
+
+
+def blocks(name, language):
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", PAGES[name])
+
+
+# What is appended to a command, so that it takes a second.
+SMALL = {"train.py": TINY, "sample.py": ["--max_new_tokens=20", "--device=cpu"]}
+SMALL["prepare_shakespeare.py"] = []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/settings.md", "docs/running.md"])
+def test_commands_and_code_run(name, prepared, tmp_path, monkeypatch):
+    """All that a page has in sh blocks, in order, made small; then its Python code."""
+    shutil.copytree(prepared / "data", tmp_path / "data")
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    lines = "".join(blocks(name, "sh")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(command) for line in lines for command in line.split(" && ")]
+    assert len(commands) > 3
+    for program, *args in commands:
+        if program == "pip" or args[:2] == ["-m", "pytest"]:  # .ci/run runs these two
+            assert program != "pip" or (ROOT / args[-1]).exists()
+            continue
+        while args[0].startswith("--"):  # of torchrun
+            assert program == "torchrun" and args.pop(0) in ("--standalone", "--nproc_per_node=2")
+        script, *args = args
+        small = SMALL[script] if "--help" not in args else []
+        if "--init_from=resume" in args:
+            small = ["--max_iters=21"] * any(arg.startswith("--max_iters") for arg in args)
+        if any(arg.startswith("--max_seconds") for arg in args):
+            small = [*small, "--max_seconds=0.5"]
+        if program == "torchrun":
+            run_two(tmp_path, *args, *small, script=script)
+        else:
+            succeed(tmp_path, script, *args, *small)
+    if name == "README.md":
+        monkeypatch.chdir(tmp_path)
+        for code in blocks(name, "python"):
+            exec(code, {})
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_questions_that_are_asked_exist(name):
+    known = {question.__name__ for question in tables.QUESTIONS}
+    asked = re.findall(r"python experiments/run\.py ([a-z ]+)", PAGES[name])
+    assert {question for words in asked for question in words.split()} <= known

@@ -5,11 +5,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -18,32 +16,18 @@ import torch
 
 from common import (
     LONG,
-    OFFLINE,
     ROOT,
     TINY,
     evaluations,
     figures,
     losses,
-    run,
+    run_two,
     start,
     succeed,
     weights,
 )
 
 TORCHRUN = (f"{torch.__path__[0]}/distributed/run.py", "--standalone", "--nproc_per_node=2")
-
-
-def run_two(folder, *args, script="train.py"):
-    """Runs train.py as two processes, as torchrun does; what they printed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with ThreadPoolExecutor(2) as pool:
-        ranks = [{**OFFLINE, **world, "RANK": k, "LOCAL_RANK": k} for k in "01"]
-        one, two = pool.map(lambda env: run(folder, script, *args, env=env), ranks)
-    assert one.returncode == two.returncode == 0, one.stdout + one.stderr + two.stderr
-    one.stderr += two.stderr
-    return one
 
 
 def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated):
