@@ -4,7 +4,8 @@
     model, saved = load_checkpoint("out-shakespeare-char/ckpt.pt")      all that was saved
 
 A checkpoint is a file of torch.save: a zip archive, which holds a checksum of each of its parts.
-What is in it is checked too: another program, or somebody, may have written it.
+What is in it is checked too: another program, or somebody, may have written it. When a run saves
+is train.py's business.
 """
 
 import json

@@ -3,6 +3,7 @@
 A config file assigns values, as in `gradient_accumulation_steps = 5 * 8`. It is parsed, never run.
 Three names are special: `base = "other.py"` reads that file, which lies beside it, in place;
 `on_cuda = {...}` and `on_cpu = {...}` hold settings for a CUDA GPU, and for all other devices.
+Which settings there are, and what they mean, is the script's business.
 """
 
 import ast

@@ -244,7 +244,7 @@ class Router(nn.Module):
 
 class FeedForward(nn.Module):
     """W2 (GELU(W1 x) * r), or at the site `output` (W2 GELU(W1 x)) * r; without experts r is 1.
-    See "Learned dropout" in the README."""
+    See "Learned dropout" in docs/settings.md."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -5,7 +5,8 @@
     python prepare_shakespeare.py --input_file=my.txt --dataset=mine
 
 The first 90 % of the text are train.bin, the rest val.bin, both uint16 ids. meta.json holds the
-tokenizer and where the text is from; it is written last, and a data set exists once it does.
+tokenizer and where the text is from; it is written last, and a data set exists once it does. For
+texts of up to some hundred MB: the whole text is in memory while it is encoded.
 """
 
 import hashlib

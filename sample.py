@@ -1,9 +1,11 @@
-"""Draws text from a checkpoint of train.py; of its folder, ckpt.pt alone is needed.
+"""Samples text from a checkpoint of train.py; of its folder, ckpt.pt alone is needed.
 
-python sample.py --out_dir=out-shakespeare-char
-python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1
-python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
-python sample.py --out_dir=out-shakespeare-char --show_experts --html=experts.html
+    python sample.py --out_dir=out-shakespeare-char
+    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1
+    python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+    python sample.py --out_dir=out-shakespeare-char --show_experts --html=experts.html
+
+From Python, use checkpoint.load and model.generate instead.
 """
 
 import codecs

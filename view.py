@@ -1,7 +1,7 @@
 """What the experts do: statistics for a log, and text coloured by the experts that were on.
 
 train.py logs the statistics; sample.py shows texts, in a terminal by `--show_experts`, as a page by
-`--html=FILE`.
+`--html=FILE`. Probes and figures for the docs are in experiments/.
 """
 
 import base64

@@ -1,8 +1,8 @@
-"""The experiments that the README's answers come from: every run goes through train.py.
+"""The experiments behind docs/results.md: every run goes through train.py.
 
     python experiments/run.py                   all that results.jsonl lacks, two runs at once
     python experiments/run.py curve variants    the runs of these questions alone
-    python experiments/run.py --repeat=301      runs line 301 of results.jsonl again, and compares
+    python experiments/run.py --repeat=310      runs line 310 of results.jsonl again, and compares
 
 Each question below is a function that gives its runs, a grid in plain Python. A run is train.py
 with a preset and settings, as a user would start it, on one thread, on tinyshakespeare; where a
@@ -12,9 +12,9 @@ it is done, so that a sweep which was interrupted goes on where it stopped. Loss
 the whole validation split, in nats per character. On one kind of machine a run gives the same
 losses bit for bit.
 
-All questions but `lateral` and `presets` were asked of the layer as it was up to commit fd66022,
-with another `lateral`. Their runs are the lines of results.jsonl without a `format`; repeat them at
-that commit.
+All questions but `lateral` and `presets` were asked of the layer up to commit fd66022, with another
+`lateral`. Their runs are the lines of results.jsonl without a `format`. Each has its commit, where
+it can be repeated; here it is refused. This file is not for speed: bench_*.py measure that.
 """
 
 import json
@@ -290,7 +290,8 @@ def repeat(rows: list[dict], line: str) -> None:
         sys.exit(f"--repeat={line}: must be a line of {RESULTS.name}, 1 to {len(rows)}")
     row = rows[int(line) - 1]
     if row.get("format") != FORMAT:
-        sys.exit(f"--repeat={line}: of a layer that was changed since; repeat it at commit fd66022")
+        why = "the layer has changed since; repeat it at that commit"
+        sys.exit(f"--repeat={line}: measured at commit {row['commit']}: {why}")
     again = train(row["settings"], row["peer"], False, row["seed"])
     difference = again["val_loss"] - row["val_loss"]
     print(
