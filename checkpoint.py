@@ -190,7 +190,7 @@ def resume(path: Path, settings: Settings) -> dict[str, Any]:
         fail(str(error))
     for name in ENTRIES.keys() - saved.keys():
         fail(f"{path}: has no entry {name!r}; it was not written by this train.py")
-    of_run, kept = saved["config"] | saved["model_args"], []
+    of_run, kept = settings.defaults | saved["config"] | saved["model_args"], []
     fixed = saved["model_args"].keys() - MAY_CHANGE | {"optimizer"}
     for name in sorted(of_run.keys() - OF_EACH_CALL - {"vocab_size"}):
         value = check(name, of_run[name], settings, str(path))
@@ -202,8 +202,8 @@ def resume(path: Path, settings: Settings) -> dict[str, Any]:
             settings[name] = value
             kept += [f"{name}={value!r}"] if where and differs else []
     if kept:
-        print(f"kept, whatever config files say: {', '.join(kept)}; --key=value changes a setting")
-    if (new := settings["max_iters"]) != (old := of_run.get("max_iters")):
+        print(f"the run keeps {', '.join(kept)}, not a config file's; change it by --key=value")
+    if (new := settings["max_iters"]) != (old := of_run["max_iters"]):
         end = settings["lr_decay_iters"] or new
         print(f"max_iters={new}, not {old}: the learning rate now falls until iteration {end}")
     print(f"goes on from {path}, saved after {saved['iter_num']} iterations")

@@ -35,6 +35,7 @@ class Settings(dict[str, Any]):
         for name, value in script_globals.items():
             if name.islower() and name[0] != "_" and isinstance(value, (int, float, bool, str)):
                 self[name] = value
+        self.defaults = dict(self)
         self.least = script_globals.get("LEAST", {})
         self.allowed = script_globals.get("ALLOWED", {})
         self.where: dict[str, str] = {}  # of what is not the default: "mine.py:3", "--n_layer=4"
@@ -146,12 +147,12 @@ def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
         case ast.Name(id=name) if name in names:
             return names[name]
         case ast.Name(id=name):
-            raise ValueError(f"{name!r} is not set in this file before this line")
+            raise ValueError(f"{name!r} is not set before this line, in this file or its base")
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -number(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return OPERATORS[type(op)](number(left), number(right))
-    raise ValueError(f"takes a value or a calculation with numbers, not {ast.unparse(node)!r}")
+    raise ValueError(f"takes a value, or numbers with + - * / //, not {ast.unparse(node)!r}")
 
 
 def parse(text: str, default: Any) -> Any:

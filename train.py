@@ -128,8 +128,8 @@ if fsdp and not DDP:
 
 
 device_type = device.split(":")[0]
-how = dict(enabled=dtype != "float32", cache_enabled=not fsdp)  # no copies of what fsdp gathers
-autocast = torch.autocast(device_type, getattr(torch, dtype), **how)
+half = dict(enabled=dtype != "float32", cache_enabled=not fsdp)  # no copies of what fsdp gathers
+autocast = torch.autocast(device_type, getattr(torch, dtype), **half)
 micro_steps = math.ceil(gradient_accumulation_steps / WORLD_SIZE)  # of this process
 if micro_steps * WORLD_SIZE != gradient_accumulation_steps:
     print(f"gradient_accumulation_steps={micro_steps * WORLD_SIZE}, to share among {WORLD_SIZE}")
@@ -167,7 +167,7 @@ evaluates = MASTER or fsdp  # a model in shares needs all of them, and all compu
 
 
 def get_batch(split: str, *key: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, (batch_size, block_size) each, and dropout: the same for one key."""
+    """Random inputs and targets, (batch_size, block_size) each; the key seeds dropout, too."""
     rng = np.random.default_rng([seed, *key])
     starts = rng.integers(len(data[split]) - block_size, size=(batch_size, 1))
     torch.manual_seed(int(rng.integers(2**63)))
@@ -197,7 +197,7 @@ def evaluate(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, 
 
 def estimate_loss(split: str) -> float:
     """Cross-entropy over eval_iters batches of a split, the same ones at every evaluation."""
-    key = 1 + list(data).index(split)  # 0 is the key of training
+    key = 1 + list(data).index(split)  # 0 is training
     loss = evaluate(get_batch(split, key, k) for k in range(eval_iters))["cross_entropy"]
     return agree(loss)[0] if fsdp else loss  # so that all see it improve, or none
 
@@ -274,7 +274,7 @@ def not_finite(what: str, loss: float, may_pass: bool = False) -> None:
 run = saved or dict(iter_num=0, seconds=0.0, best_val_loss=math.inf, is_best=False, decisions=None)
 iter_num, start_seconds, best_val_loss = run["iter_num"], run["seconds"], run["best_val_loss"]
 saved_is_best, decisions = run["is_best"], run["decisions"]  # which experts were on
-evaluated = -1 if saved is None or eval_only else iter_num  # before it stopped
+resumed_at = -1 if saved is None or eval_only else iter_num  # evaluated before it stopped
 runtime.report_errors(path)
 if saved is None and MASTER and not eval_only:
     with runtime.writing(path):
@@ -299,7 +299,7 @@ while True:
     finished = eval_only or schedule_iter >= max_iters
 
     # Evaluate, and save.
-    due = (finished or iter_num % eval_interval == 0) and iter_num != evaluated
+    due = (finished or iter_num % eval_interval == 0) and iter_num != resumed_at
     if due and evaluates:
         losses = {f"{split}_loss": estimate_loss(split) for split in data}
         shown = ", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items())
@@ -331,7 +331,7 @@ while True:
     for opt in optimizers:
         scaler.unscale_(opt)
 
-    # Step, where the norm of the gradient, the same in all processes, is finite.
+    # Step, if the gradient is finite. Its norm is the same in all processes.
     norm = grad_norm(params)
     if math.isfinite(norm):
         bad_steps = 0

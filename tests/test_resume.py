@@ -128,7 +128,7 @@ def test_resume_cannot_change_the_model_and_its_optimizer(given, kept, trained):
     config = trained[0] / "other.py"
     config.write_text(f"{name} = {value if value.isdigit() else repr(value)}\n")
     printed = succeed(trained[0], "train.py", "other.py", *args)
-    assert f"kept, whatever config files say: {kept}; --key=value changes a setting" in printed
+    assert f"the run keeps {kept}, not a config file's; change it by --key=value" in printed
     assert "step 20: " in printed
 
 
