@@ -206,5 +206,5 @@ def resume(path: Path, settings: Settings) -> dict[str, Any]:
     if (new := settings["max_iters"]) != (old := of_run["max_iters"]):
         end = settings["lr_decay_iters"] or new
         print(f"max_iters={new}, not {old}: the learning rate now falls until iteration {end}")
-    print(f"goes on from {path}, saved after {saved['iter_num']} iterations")
+    print(f"goes on from {path}, saved after {saved['iter_num']} of {new} iterations")
     return saved

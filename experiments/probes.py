@@ -214,9 +214,12 @@ def experts(model: ParallelEncoderDecoder, x: Tensor, chars: str, targets: dict)
 
 def main() -> None:
     torch.manual_seed(0)
-    model, saved = load_checkpoint(Path(sys.argv[1]))
+    try:
+        model, saved = load_checkpoint(Path(sys.argv[1]))
+        tokenizer, data = load_data(Path("data", saved["config"]["dataset"]))
+    except ValueError as error:
+        sys.exit(str(error))
     model.eval()
-    tokenizer, data = load_data(Path("data", saved["config"]["dataset"]))
     tokens = torch.from_numpy(data["val"].astype("int64"))
     T = model.config.block_size
     targets = targets_of(tokens, tokenizer.decode(tokens.tolist()))

@@ -268,6 +268,8 @@ def main() -> None:
     jobs = [{"question": q, **asked, "seed": seed} for q, asked, seed in jobs]
     done = {tuple(row[field] for field in what) for row in rows}
     jobs = [job for job in jobs if tuple(job[field] for field in what) not in done]
+    if not jobs:
+        print(f"{RESULTS.name} has all of these runs; --repeat=LINE runs one of them again")
 
     def work(number: int) -> None:
         job = {name: value for name, value in jobs[number].items() if name != "seeds"}

@@ -110,20 +110,24 @@ def summary() -> str:
     lines = []
     for preset, label, model in (
         ("decoder_only", "plain GPT", "GPT"),
+        ("", "plain GPT with GQA", "GPT, GQA"),
         ("shakespeare_char_dense", "lean, no experts", "lean, shared_kv"),
         ("shakespeare_char", "lean, 16 experts", ""),
         ("canonical", "canonical", "canonical"),
     ):
-        rows = [row for row in found[preset] if row["seed"] <= 3]
+        rows = [row for row in found.get(preset, []) if row["seed"] <= 3]
         cells = ("", "")
         if model:
             row, gpt = of_speed[model], of_speed["GPT"]
             cached = row["cache_bytes_a_token"] / gpt["cache_bytes_a_token"]
             cells = (f"{row['times_lean']:.2f}", f"{cached:.2f}")
-        name = f"{label} (`config/{preset}.py`)"
-        lines.append((name, f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}", *cells))
-    heads = "model | parameters: | validation loss: | time to read 1,024 tokens, lean = 1: "
-    return markdown(heads + "| KV cache per token, GPT = 1:", lines)
+        name = label + (f" (`config/{preset}.py`)" if preset else "")
+        loss = (f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}") if rows else ("", "")
+        lines.append((name, *loss, *cells))
+    heads = (
+        "model | parameters: | validation loss: | at 20 M: time to read 1,024 tokens, lean = 1: "
+    )
+    return markdown(heads + "| at 20 M: KV cache per token, GPT = 1:", lines)
 
 
 def recipe() -> str:

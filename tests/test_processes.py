@@ -173,4 +173,7 @@ def test_a_signal_to_torchrun_saves_too(number, args, workplace):
     assert "torchrun --standalone --nproc_per_node=2" in printed and "lost" not in printed
     args = (*LONG, "--gradient_accumulation_steps=2", *args, f"--max_iters={stopped + 2}")
     done = run_two(workplace, *TINY, *args, "--init_from=resume")
-    assert f"saved after {stopped} iterations" in done.stdout and "More of it" in done.stdout
+    assert (
+        f"saved after {stopped} of {stopped + 2} iterations" in done.stdout
+        and "More of it" in done.stdout
+    )

@@ -27,7 +27,7 @@ def test_resume_repeats_the_undisturbed_run(twice_accumulated):
     succeed(folder, "train.py", *args, "--out_dir=half", "--max_iters=10")
     before = torch.load(folder / "half/ckpt.pt", weights_only=True)["decisions"]
     printed = succeed(folder, "train.py", *args, "--out_dir=half", "--init_from=resume")
-    assert "goes on from half/ckpt.pt, saved after 10 iterations" in printed
+    assert "goes on from half/ckpt.pt, saved after 10 of 20 iterations" in printed
     assert re.search(r"^iter 10: ", printed, re.M) and not re.search(r"^iter 9: ", printed, re.M)
     assert same_run(folder / "half", folder / "one")
     half, one = figures(folder / "half"), figures(folder / "one")
@@ -58,7 +58,7 @@ def test_resume_needs_neither_the_preset_nor_its_settings(workplace):
     assert status == -signal.SIGKILL and "step 100: " in printed
     resume = ("--init_from=resume", "--out_dir=killed", "--device=cpu")
     printed = succeed(workplace, "train.py", *resume)
-    assert "goes on from killed/ckpt.pt, saved after 100 iterations" in printed
+    assert "goes on from killed/ckpt.pt, saved after 100 of 200 iterations" in printed
     assert "kept" not in printed and "max_iters" not in printed
     assert same_run(workplace / "killed", workplace / "whole")
     killed, whole = figures(workplace / "killed"), figures(workplace / "whole")
