@@ -26,8 +26,6 @@ from model import ModelConfig, ParallelEncoderDecoder
 from prepare_shakespeare import Tokenizer
 
 FORMAT = 2  # of a checkpoint; format 1 is of a model with other equations
-LAST_COMMIT_OF_FORMAT_1 = "fd66022"
-
 ABLATIONS: list[str] = []  # of this process; experiments/ablations.py fills it
 
 # What train.py saves beside the model, to go on from.
@@ -105,10 +103,7 @@ def load(
     path = Path(out_dir, name)
     model, saved = load_checkpoint(path, pick_device(device))
     with told_in_one_line(path, "not a checkpoint of this model"):
-        tokenizer = Tokenizer(**saved["tokenizer"])
-        if (size := tokenizer.vocab_size) != (of_model := model.config.vocab_size):
-            raise ValueError(f"its tokenizer has {size} tokens, its model {of_model}")
-    return model.eval(), tokenizer
+        return model.eval(), Tokenizer(**saved["tokenizer"])
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEncoderDecoder, dict]:
@@ -132,7 +127,7 @@ def read(path: str | Path) -> dict[str, Any]:
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
         version = checkpoint.get("format", 1 if "tokenizer" in checkpoint else None)
         if version == 1:
-            raise ValueError(f"it has format 1, which commit {LAST_COMMIT_OF_FORMAT_1} reads")
+            raise ValueError("it has format 1, which commit fd66022 reads")
         if version != FORMAT:
             raise ValueError(f"its format is {version!r}: must be {FORMAT}")
         if (saved := checkpoint.get("ablations", [])) != ABLATIONS:
@@ -145,16 +140,19 @@ def read(path: str | Path) -> dict[str, Any]:
         args = checkpoint["model_args"]
         if unknown := sorted(args.keys() - {field.name for field in fields(ModelConfig)}):
             raise ValueError(f"its model_args have an unknown {unknown[0]!r}")
-        checkpoint["model_args"] = asdict(ModelConfig(**args))  # what it lacks takes its default
+        args = checkpoint["model_args"] = asdict(ModelConfig(**args))  # what it lacks: its default
+        size = (
+            Tokenizer(**checkpoint["tokenizer"]).vocab_size if "tokenizer" in checkpoint else None
+        )
+        if size not in (None, args["vocab_size"]):
+            raise ValueError(f"its tokenizer has {size} tokens, its model {args['vocab_size']}")
     return checkpoint
 
 
-def build_model(
-    checkpoint: dict[str, Any], path: str | Path, **changed: Any
-) -> ParallelEncoderDecoder:
+def build_model(saved: dict, path: str | Path, **changed: Any) -> ParallelEncoderDecoder:
     """The model of a checkpoint, whose weights it takes out; `changed` are fields of its config."""
     with told_in_one_line(path, "not a checkpoint of this model"):
-        config, weights = ModelConfig(**checkpoint["model_args"] | changed), checkpoint.pop("model")
+        config, weights = ModelConfig(**saved["model_args"] | changed), saved.pop("model")
         if config.n_layer > len(weights):
             raise ValueError(f"n_layer={config.n_layer}: it has not as many weights")
         with torch.device("meta"):  # so that wrong sizes are told before they take any memory
@@ -166,8 +164,7 @@ def build_model(
 
 @contextmanager
 def told_in_one_line(path: str | Path, what: str) -> Iterator[None]:
-    """What fails inside becomes a ValueError with a line for the user: a damaged file can fail
-    anywhere inside a reader."""
+    """What fails inside becomes a ValueError with a line for the user."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -192,7 +189,7 @@ def resume(path: Path, settings: Settings) -> dict[str, Any]:
         fail(f"{path}: has no entry {name!r}; it was not written by this train.py")
     of_run, kept = settings.defaults | saved["config"] | saved["model_args"], []
     fixed = saved["model_args"].keys() - MAY_CHANGE | {"optimizer"}
-    for name in sorted(of_run.keys() - OF_EACH_CALL - {"vocab_size"}):
+    for name in sorted(of_run.keys() - OF_EACH_CALL - {"vocab_size"}, key=str):
         value = check(name, of_run[name], settings, str(path))
         where, differs = settings.where.get(name, ""), settings[name] != value
         if where.startswith("--") and differs and name in fixed:
@@ -204,7 +201,6 @@ def resume(path: Path, settings: Settings) -> dict[str, Any]:
     if kept:
         print(f"the run keeps {', '.join(kept)}, not a config file's; change it by --key=value")
     if (new := settings["max_iters"]) != (old := of_run["max_iters"]):
-        end = settings["lr_decay_iters"] or new
-        print(f"max_iters={new}, not {old}: the learning rate now falls until iteration {end}")
+        print(f"max_iters={new}, not {old}: where lr_decay_iters, penalty_iters are 0, they follow")
     print(f"goes on from {path}, saved after {saved['iter_num']} of {new} iterations")
     return saved

@@ -3,16 +3,16 @@
 A config file assigns values, as in `gradient_accumulation_steps = 5 * 8`. It is parsed, never run.
 Three names are special: `base = "other.py"` reads that file, which lies beside it, in place;
 `on_cuda = {...}` and `on_cpu = {...}` hold settings for a CUDA GPU, and for all other devices.
-Which settings there are, and what they mean, is the script's business.
+Also what the scripts share without torch: errors in one line, text that cannot steer a terminal.
 """
 
 import ast
-import difflib
 import re
 import signal
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from operator import add, floordiv, mul, sub, truediv
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,8 +50,8 @@ def override(script_globals: Mapping[str, Any], argv: list[str]) -> Settings:
         sys.exit(0)
     given = [*read_arguments(argv, settings)]
     device = settings.get("device")
-    for _, name, value, _ in sum(given, []):
-        if name == "device":
+    for section, name, value, _ in sum(given, []):
+        if name == "device" and not section:
             device = value.value if isinstance(value, ast.Constant) else value
     device = str(pick_device(device) if device == "auto" else device)
     elsewhere = "on_cpu" if "cuda" in device else "on_cuda"
@@ -148,8 +148,8 @@ def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
             return names[name]
         case ast.Name(id=name):
             raise ValueError(f"{name!r} is not set before this line, in this file or its base")
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -number(operand)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=operand):
+            return -number(operand) if isinstance(op, ast.USub) else number(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return OPERATORS[type(op)](number(left), number(right))
     raise ValueError(f"takes a value, or numbers with + - * / //, not {ast.unparse(node)!r}")
@@ -172,8 +172,8 @@ def require_known(name: Any, settings: Settings, where: str) -> None:
     if name not in settings:
         if name in RETIRED:
             fail(f"{where}: the setting {name!r} is gone: {RETIRED[name]}")
-        near = difflib.get_close_matches(str(name), settings, n=1)
-        hint = "".join(f"; did you mean {other!r}?" for other in near)
+        near = get_close_matches(str(name), settings, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         fail(f"{where}: there is no setting {name!r}{hint} (--help lists all)")
 
 

@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ):
         if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum}: must be at least 0 and less than 1")
+            raise ValueError(f"Muon's momentum={momentum}: must be at least 0 and less than 1")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()

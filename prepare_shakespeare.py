@@ -1,4 +1,4 @@
-"""Turns a text into tokens on disk: data/<dataset>/{train.bin, val.bin, meta.json}.
+"""Turns a text into tokens on disk, and reads them: data/<dataset>/{train,val}.bin, meta.json.
 
     python prepare_shakespeare.py                            characters of Shakespeare
     python prepare_shakespeare.py --tokenizer=gpt2           the same in GPT-2's BPE
@@ -167,7 +167,7 @@ def prepare_missing(folder: Path) -> None:
     """Prepares Shakespeare where it is not there yet; ValueError for another data set."""
     if (folder / "meta.json").exists():
         return
-    if folder.name not in SHAKESPEARE:
+    if folder.parent != DATA or folder.name not in SHAKESPEARE:
         command = f"python prepare_shakespeare.py --input_file=PATH --dataset={folder.name}"
         raise ValueError(f"{folder}: there is no data set; make one: {command}")
     try:
@@ -209,8 +209,9 @@ def load_data(folder: Path, block_size: int = 0) -> tuple[Tokenizer, dict[str, n
 def consecutive_windows(
     tokens: np.ndarray, block_size: int, batch_size: int
 ) -> Iterator[np.ndarray]:
-    """All tokens in windows (batch_size, block_size + 1), each of which starts where the one before
-    ends; the last batch has fewer, and the last window is shorter."""
+    """All tokens in batches of windows (B, block_size + 1), each of which starts where the last one
+    ends; the end of the text is a shorter one. B is batch_size, or more, up to 4,096 tokens."""
+    batch_size = max(batch_size, 4096 // block_size)
     windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[::block_size]
     for start in range(0, len(windows), batch_size):
         yield windows[start : start + batch_size]

@@ -1,5 +1,5 @@
-"""What a run of train.py stands on: processes, device, lock, signals, one-line errors, and speed.
-Nothing here decides how a model is trained."""
+"""What a run stands on: processes, device, dtype, lock, signals, errors in one line, and speed.
+Nothing here knows of losses, schedules or optimizers."""
 
 import ctypes
 import errno
@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,6 @@ from model import Attention, DecoderLayer, EncoderLayer, ParallelEncoderDecoder
 # What torchrun says of this process
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DDP, MASTER = "RANK" in os.environ, RANK == 0
-# errno values of a closed or full stdout.
 UNWRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -57,8 +57,7 @@ def start_processes(backend: str, device: str) -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> str:
-    """The dtype of the matrix products: for `auto` bfloat16 on a CUDA GPU that has it, float16 on
-    another one, else float32."""
+    """For `auto` bfloat16 on a CUDA GPU that has it, float16 on another one, else float32."""
     if dtype != "auto" or not device.startswith("cuda"):
         return "float32" if dtype == "auto" else dtype
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -68,7 +67,8 @@ def place(model: ParallelEncoderDecoder, device: str, fsdp: bool) -> None:
     """Moves the model to the device: all of it, or with `fsdp` the share of this process, layer by
     layer, so that no device ever has to hold the whole (arXiv:2304.11277)."""
     if not fsdp:
-        return model.to(device)
+        model.to(device)
+        return
     from torch.distributed.device_mesh import init_device_mesh  # these take a second
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -122,9 +122,10 @@ def writing(path: Path) -> Iterator[None]:
         end_run(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
-def report_errors(checkpoint: Path) -> None:
-    """From here on an error that is no fault of this program ends it with one line in place of a
-    traceback. The line says how to go on from `checkpoint`, where it is there."""
+def report_errors(checkpoint: Path, resumes: bool) -> None:
+    """From here on what is no fault of this program ends it with one line, not with a traceback. It
+    says how to go on from `checkpoint`, if this run `resumes` it or has written it."""
+    began = 0.0 if resumes else time.time()
 
     def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         reason = str(error).partition("\n")[0]
@@ -137,7 +138,7 @@ def report_errors(checkpoint: Path) -> None:
         else:
             return sys.__excepthook__(kind, error, trace)
         try:
-            if checkpoint.exists():
+            if checkpoint.exists() and checkpoint.stat().st_mtime > began:
                 what += f"; --init_from=resume goes on from {checkpoint}"
             fail(f"{what} ({reason})")
         finally:
@@ -168,9 +169,11 @@ def release_signals() -> None:
 
 
 def command_to_resume() -> str:
-    """The command that goes on with this run, on one machine."""
+    """The command that goes on with this run."""
     args = shlex.join([arg for arg in sys.argv if arg != "--init_from=resume"])
     start = f"torchrun --standalone --nproc_per_node={WORLD_SIZE}" if DDP else "python"
+    if int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)) < WORLD_SIZE:
+        start = "torchrun (with the options as before)"
     return f"{start} {args} --init_from=resume"
 
 
@@ -178,7 +181,7 @@ def lock_folder(settings: dict[str, Any]) -> object:
     """Makes out_dir, where this run writes, and locks it for as long as the result lives: one run
     at a time. Where there are no such locks, as on Windows, two runs are not told apart."""
     folder, resumes = settings["out_dir"], settings["init_from"] == "resume"
-    if not MASTER or settings["eval_only"] or (resumes and not Path(folder).exists()):
+    if not MASTER or settings["eval_only"] or (resumes and not os.path.exists(folder)):
         return None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,7 @@ learning_rate = 3e-3  # the largest, of AdamW; smaller models bear larger ones
 max_iters = 5000  # the length of the run, and of its schedules
 max_seconds = 0.0  # over 0: train that long; max_iters is then the length that schedules assume
 weight_decay = 0.1  # on matrices only
-muon_lr_ratio = 6.67  # Muon's learning rate over learning_rate; its own is 0.02 at most
+muon_lr_ratio = 6.67  # Muon's learning rate over learning_rate: 0.02 over 3e-3
 muon_momentum = 0.95  # 0.9 for a short run
 muon_weight_decay = 0.0
 beta1 = 0.9  # of AdamW
@@ -115,9 +115,10 @@ runtime.release_signals()  # until training starts Ctrl-C just ends it
 settings = override(globals(), sys.argv[1:])
 path = Path(settings["out_dir"], "ckpt.pt")
 lock = runtime.lock_folder(settings)  # until this process ends
-here = runtime.start_processes(settings["backend"], settings["device"])
+mine = runtime.start_processes(settings["backend"], settings["device"])  # of this process
+runtime.report_errors(path, resumes=settings["init_from"] == "resume")
 saved = checkpoint.resume(path, settings) if settings["init_from"] == "resume" else None
-globals().update(settings, device=here, dtype=runtime.pick_dtype(settings["dtype"], here))
+globals().update(settings, device=mine, dtype=runtime.pick_dtype(settings["dtype"], mine))
 lr_decay_iters, penalty_iters = lr_decay_iters or max_iters, penalty_iters or max_iters
 if min_lr > learning_rate:
     fail(f"min_lr={min_lr}: must be at most learning_rate={learning_rate}")
@@ -127,9 +128,8 @@ if fsdp and not DDP:
     fail("fsdp=True: shards a model over processes; start them with torchrun, or set --fsdp=False")
 
 
-device_type = device.split(":")[0]
-half = dict(enabled=dtype != "float32", cache_enabled=not fsdp)  # no copies of what fsdp gathers
-autocast = torch.autocast(device_type, getattr(torch, dtype), **half)
+device_type, half = device.split(":")[0], dtype != "float32"
+autocast = torch.autocast(device_type, getattr(torch, dtype), half, cache_enabled=not fsdp)
 micro_steps = math.ceil(gradient_accumulation_steps / WORLD_SIZE)  # of this process
 if micro_steps * WORLD_SIZE != gradient_accumulation_steps:
     print(f"gradient_accumulation_steps={micro_steps * WORLD_SIZE}, to share among {WORLD_SIZE}")
@@ -157,13 +157,14 @@ try:
     if saved is not None and not eval_only:
         restore(optimizers, saved.pop("optimizers"))
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
-except (ValueError, RuntimeError) as error:  # the latter: a seed too large, no memory
-    fail(str(error).partition("\n")[0])
+except (ValueError, OSError, RuntimeError) as error:  # the last: a seed too large, no memory
+    (end_run if DDP and "gloo" in str(error) else fail)(str(error).partition("\n")[0])
 model = torch.compile(raw_model) if compile else raw_model
 if DDP and not fsdp:
     model = DistributedDataParallel(model)
 params, has_experts = list(raw_model.parameters()), raw_model.config.n_expert > 0
 evaluates = MASTER or fsdp  # a model in shares needs all of them, and all compute the same
+statistics = autocast(expert_statistics)  # of the masks, in the precision of training
 
 
 def get_batch(split: str, *key: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,7 +223,7 @@ def get_penalty_scale(it: float) -> float:
 
 def save_checkpoint(is_best: bool) -> None:
     """Writes out_dir/ckpt.pt. ckpt_best.pt is there where the best one is an older one."""
-    global saved_is_best
+    global saved_is_best, saved_iter
     state = dict(iter_num=iter_num, seconds=seconds, best_val_loss=best_val_loss, is_best=is_best)
     state |= dict(decisions=decisions, tokenizer=asdict(tokenizer), config=dict(settings))
     state |= dict(model=raw_model.state_dict(), model_args=asdict(raw_model.config))
@@ -231,7 +232,7 @@ def save_checkpoint(is_best: bool) -> None:
     if MASTER:
         with runtime.writing(path):
             checkpoint.save(path, state, keep_best=saved_is_best and not is_best)
-    saved_is_best = is_best
+    saved_is_best, saved_iter = is_best, iter_num
 
 
 def log_row(row: dict[str, float | list]) -> None:
@@ -252,11 +253,11 @@ def log_iteration(logged: torch.Tensor) -> None:
     now = time.perf_counter()
     dt, last, last_iter = (now - last) / (iter_num + 1 - last_iter), now, iter_num + 1
     left = round(max_seconds - seconds if max_seconds else dt * (max_iters - last_iter))
-    mfu = runtime.estimate_mfu(raw_model, micro_steps * batch_size, dt)
+    shown = f", experts on {experts_on:.1%}" if has_experts else ""
     print(
         f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, {tokens_per_iter / dt:,.0f} "
-        f"tok/s, mfu {mfu:.0%}, {left // 60}:{left % 60:02} left"
-        + (f", experts on {experts_on:.1%}" if has_experts else ""),
+        f"tok/s, mfu {runtime.estimate_mfu(raw_model, micro_steps * batch_size, dt):.0%}, "
+        f"{left // 60}:{left % 60:02} left{shown}",
         flush=True,
     )
 
@@ -273,18 +274,18 @@ def not_finite(what: str, loss: float, may_pass: bool = False) -> None:
 # Where the run is: at its start, or where the checkpoint has it.
 run = saved or dict(iter_num=0, seconds=0.0, best_val_loss=math.inf, is_best=False, decisions=None)
 iter_num, start_seconds, best_val_loss = run["iter_num"], run["seconds"], run["best_val_loss"]
-saved_is_best, decisions = run["is_best"], run["decisions"]  # which experts were on
-resumed_at = -1 if saved is None or eval_only else iter_num  # evaluated before it stopped
-runtime.report_errors(path)
-if saved is None and MASTER and not eval_only:
-    with runtime.writing(path):
-        checkpoint.keep_earlier_run(path.parent)
+saved_is_best, decisions = run["is_best"], run.get("decisions")  # which experts were on
+resumed_at = saved_iter = -1 if saved is None or eval_only else iter_num
 if wandb_log and MASTER:
     try:
         import wandb
-    except ImportError:
-        fail("wandb_log=True needs wandb: pip install wandb, or set --wandb_log=False")
-    wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+
+        wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+    except Exception as error:  # it is not installed, or has no key
+        fail(f"wandb_log=True needs wandb: pip install wandb, or set --wandb_log=False ({error})")
+if saved is None and MASTER and not eval_only:
+    with runtime.writing(path):
+        checkpoint.keep_earlier_run(path.parent)
 size = f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}"
 print(f"{size}, {tokens_per_iter:,} tokens per iteration")
 runtime.estimate_mfu(raw_model, 1, 1)  # measures the machine's peak, before the clock starts
@@ -296,7 +297,7 @@ while True:
     # Where the schedules are: at this iteration, or as far as the time is spent.
     schedule_iter = max_iters * min(1.0, seconds / max_seconds) if max_seconds else iter_num
     lr, penalty_scale = get_lr(schedule_iter), get_penalty_scale(schedule_iter)
-    finished = eval_only or schedule_iter >= max_iters
+    finished = eval_only or schedule_iter >= max_iters or 0 < max_seconds <= seconds
 
     # Evaluate, and save.
     due = (finished or iter_num % eval_interval == 0) and iter_num != resumed_at
@@ -307,7 +308,7 @@ while True:
         if not math.isfinite(losses["val_loss"]):
             not_finite("validation loss", losses["val_loss"])
         if not eval_only:
-            experts, decisions = expert_statistics(raw_model, data["val"], penalty_scale, decisions)
+            experts, decisions = statistics(raw_model, data["val"], penalty_scale, decisions)
             log_row({"iter": iter_num, **losses, "lr": lr, "seconds": seconds, **experts})
             improved = iter_num > 0 and losses["val_loss"] < best_val_loss
             best_val_loss = losses["val_loss"] if improved else best_val_loss
@@ -321,7 +322,7 @@ while True:
     logged = torch.zeros(2, device=device)  # the loss, and the share of experts on
     for micro_step in range(micro_steps):
         x, y = get_batch("train", 0, iter_num, micro_step * WORLD_SIZE + RANK)
-        if DDP:  # averages the gradients once, in the last micro-step
+        if DDP and not fsdp:  # averages the gradients once, in the last micro-step
             model.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
             output = model(x, y, penalty_scale=torch.full((), penalty_scale, device=device))
@@ -353,15 +354,14 @@ while True:
     iter_num += 1
 
 if stop and not finished:
-    if evaluates:
+    if evaluates and saved_iter != iter_num:
         save_checkpoint(is_best=False)
     again = runtime.command_to_resume()
     print(f"stopped after {iter_num} iterations; saved {path}; to go on:\n  {again}", flush=True)
     runtime.leave(128 + int(stop))
 runtime.release_signals()  # what is left to do is not saved
 if evaluates:
-    windows = consecutive_windows(data["val"], block_size, max(batch_size, 4096 // block_size))
-    val = evaluate(map(to_device, windows))
+    val = evaluate(map(to_device, consecutive_windows(data["val"], block_size, batch_size)))
     shown = f", experts on {val['experts_on']:.1%}" if has_experts else ""
     shown += f", after {iter_num} iterations, {seconds:.1f} s"
     print(f"whole validation split: loss {val['cross_entropy']:.4f}{shown}")

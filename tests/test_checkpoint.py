@@ -68,7 +68,9 @@ CHANGES = [  # of a checkpoint: where in it, what then stands there (... for not
 ]
 CHANGES_OF_A_RUN = [  # of what train.py alone looks at
     (("tokenizer",), ..., "has no entry 'tokenizer'"),
-    (("tokenizer", "kind"), 3, "not the vocabulary that out was trained with"),
+    (("tokenizer", "kind"), 3, "tokenizer=3: must be char or gpt2"),
+    (("tokenizer", "chars"), "ab", "its tokenizer has 2 tokens, its model"),
+    (("config", 1), 2, "there is no setting 1"),
     (("seconds",), ..., "out/ckpt.pt: has no entry 'seconds'; it was not written by this"),
     (("seconds",), math.nan, "its seconds is nan"),
     (("iter_num",), "x", "its iter_num is 'x'"),
@@ -138,6 +140,7 @@ def test_a_field_that_a_checkpoint_lacks_takes_its_default(trained, workplace):
     whole = torch.load(trained[0] / "whole/ckpt.pt", weights_only=True)
     for name in ("qk_norm", "token_shift", "l1_norm", "shared_kv"):
         del whole["model_args"][name]
+    del whole["decisions"], whole["config"]["lr_schedule"]
     (workplace / "out").mkdir()
     torch.save(whole, workplace / "out/ckpt.pt")
     model, _ = load_checkpoint(workplace / "out/ckpt.pt")

@@ -72,6 +72,9 @@ def test_settings_of_the_device(tmp_path):
 
     assert n_layer() == 2
     assert n_layer("--device=cuda:1") == 8
+    path.write_text('on_cuda = {"n_layer": +8, "device": "cuda:1"}\non_cpu = {"n_layer": 2}\n')
+    assert n_layer() == 2  # what is for a GPU alone does not choose one
+    assert n_layer("--device=cuda") == 8
     assert n_layer("--device=mps") == 2
     assert n_layer("--n_layer=9") == 9
     assert n_layer("--device=auto") == (8 if torch.cuda.is_available() else 2)

@@ -62,6 +62,18 @@ def test_ctrl_c_keeps_the_best_checkpoint(workplace):
     assert succeed(workplace, "sample.py", *args).count("---------------") == 3
 
 
+def test_a_stop_right_after_the_best_evaluation_saves_nothing_twice(workplace):
+    """The best checkpoint stays the only one. The signal comes in an evaluation."""
+    args = ("--max_iters=100000", "--eval_interval=1", "--eval_iters=200", "--warmup_iters=100000")
+    printed, status = start_and_signal(workplace, signal.SIGTERM, *args, after="step 3:")
+    stopped = int(re.search(r"stopped after (\d+) iterations", printed)[1])
+    saved = torch.load(workplace / "out/ckpt.pt", weights_only=True)
+    assert status == 143 and saved["iter_num"] == stopped
+    best = (workplace / "out/ckpt_best.pt").exists()
+    least = min(row["val_loss"] for row in evaluations(workplace / "out") if row["iter"] > 0)
+    assert saved["is_best"] == (evaluations(workplace / "out")[-1]["val_loss"] == least) != best
+
+
 def test_kill_9_loses_nothing_that_was_saved(workplace):
     args = (*LONG, "--eval_interval=20")
     printed, status = start_and_signal(

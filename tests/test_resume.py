@@ -89,7 +89,7 @@ def test_the_length_of_a_run_is_one_number(workplace):
     assert [row["lr"] == 0 for row in evaluations(workplace / "out")[:3]] == [False, False, True]
     more = ("--init_from=resume", "--max_iters=40", "--device=cpu")
     printed = succeed(workplace, "train.py", *more)
-    assert "max_iters=40, not 20: the learning rate now falls until iteration 40" in printed
+    assert "max_iters=40, not 20: where lr_decay_iters, penalty_iters are 0, they follow" in printed
     rows = evaluations(workplace / "out")
     by_iter = {row["iter"]: row for row in rows if "lr" in row}
     assert [by_iter[k]["l1_weight"] for k in (0, 10, 20, 30, 40)] == [0, 0.5, 1, 0.75, 1]
@@ -102,7 +102,7 @@ def test_a_resumed_run_may_have_other_settings(workplace):
     more = ("--init_from=resume", "--batch_size=6", "--seed=5", "--max_iters=30", "--min_lr=0")
     printed = succeed(workplace, "train.py", *TINY, *experts, *more)
     assert "step 30: " in printed
-    assert "max_iters=30, not 10: the learning rate now falls until iteration 20" in printed
+    assert "max_iters=30, not 10: where lr_decay_iters, penalty_iters are 0, they follow" in printed
 
 
 def test_eval_only_writes_nothing(trained):

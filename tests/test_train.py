@@ -120,7 +120,7 @@ def test_the_penalties_grow_as_their_schedule_says(workplace):
     assert max((none[n] - full[n]).abs().max() for n in none) > 1e-3
     args = ("--out_dir=late", "--init_from=resume", "--max_iters=30")
     printed = succeed(workplace, "train.py", *TINY, *args)
-    assert "max_iters=30, not 20: the learning rate now falls until iteration 20" in printed
+    assert "max_iters=30, not 20: where lr_decay_iters, penalty_iters are 0, they follow" in printed
     assert evaluations(workplace / "late")[-2]["l1_weight"] < 1e-5
 
 
@@ -164,6 +164,16 @@ def test_half_precision_learns_as_float32_does(dtype, trained, workplace):
     assert half["whole_val_loss"] == pytest.approx(full["whole_val_loss"], rel=0.02)
 
 
+@pytest.mark.parametrize("fails", ["raise ImportError", "def init(**how): raise ValueError('key')"])
+def test_a_run_that_cannot_start_leaves_the_earlier_one(fails, workplace):
+    (workplace / "wandb.py").write_text(fails)  # also where it is installed
+    (workplace / "out").mkdir()
+    (workplace / "out/ckpt.pt").write_text("of an earlier run")
+    env = {**OFFLINE, "PYTHONPATH": str(workplace)}
+    fails_with("wandb_log=True needs wandb", workplace, "train.py", *TINY, "--wandb_log", env=env)
+    assert (workplace / "out/ckpt.pt").read_text() == "of an earlier run"
+
+
 @pytest.mark.parametrize(
     "args, said",
     [
@@ -171,6 +181,10 @@ def test_half_precision_learns_as_float32_does(dtype, trained, workplace):
         (("--arch=gpt",), "arch='gpt': must be one of parallel, decoder_only"),
         (("--dataset=odd",), "data/odd: val.bin has not as many tokens as meta.json says"),
         (("--dataset=beyond",), "data/beyond: train.bin has ids beyond the vocabulary"),
+        (
+            ("--dataset=sub/shakespeare_char",),
+            "data/sub/shakespeare_char: there is no data set; make",
+        ),
         (("--dataset=absent",), "data/absent: there is no data set; make one: python prepare_"),
         (("--dataset=cut",), "data/cut: val.bin has not as many tokens as meta.json says; prepare"),
         (("--seed=99999999999999999999999",), "Overflow"),
