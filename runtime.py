@@ -31,6 +31,7 @@ UNWRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def start_processes(backend: str, device: str) -> str:
     """Joins the processes of torchrun, where there are any; the device of this one. The master
     speaks for all: the others' stdout goes nowhere."""
+    release_signals()  # until training starts Ctrl-C just ends it
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # keep freed memory up to 32 MB a piece: each step asks for the same again
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD

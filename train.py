@@ -111,14 +111,13 @@ ALLOWED |= {"penalty_schedule": ("constant", "linear", "exponential")}
 ALLOWED |= {"dtype": ("auto", "bfloat16", "float16", "float32")}
 
 # The settings: the defaults above, then config files and --key=value. A resumed run has its own.
-runtime.release_signals()  # until training starts Ctrl-C just ends it
 settings = override(globals(), sys.argv[1:])
 path = Path(settings["out_dir"], "ckpt.pt")
 lock = runtime.lock_folder(settings)  # until this process ends
-mine = runtime.start_processes(settings["backend"], settings["device"])  # of this process
+own = runtime.start_processes(settings["backend"], settings["device"])  # device, of this process
 runtime.report_errors(path, resumes=settings["init_from"] == "resume")
 saved = checkpoint.resume(path, settings) if settings["init_from"] == "resume" else None
-globals().update(settings, device=mine, dtype=runtime.pick_dtype(settings["dtype"], mine))
+globals().update(settings, device=own, dtype=runtime.pick_dtype(settings["dtype"], own))
 lr_decay_iters, penalty_iters = lr_decay_iters or max_iters, penalty_iters or max_iters
 if min_lr > learning_rate:
     fail(f"min_lr={min_lr}: must be at most learning_rate={learning_rate}")
@@ -127,10 +126,9 @@ if max_seconds and not max_iters:
 if fsdp and not DDP:
     fail("fsdp=True: shards a model over processes; start them with torchrun, or set --fsdp=False")
 
-
 device_type, half = device.split(":")[0], dtype != "float32"
 autocast = torch.autocast(device_type, getattr(torch, dtype), half, cache_enabled=not fsdp)
-micro_steps = math.ceil(gradient_accumulation_steps / WORLD_SIZE)  # of this process
+micro_steps = math.ceil(gradient_accumulation_steps / WORLD_SIZE)
 if micro_steps * WORLD_SIZE != gradient_accumulation_steps:
     print(f"gradient_accumulation_steps={micro_steps * WORLD_SIZE}, to share among {WORLD_SIZE}")
 tokens_per_iter = micro_steps * WORLD_SIZE * batch_size * block_size
@@ -158,7 +156,9 @@ try:
         restore(optimizers, saved.pop("optimizers"))
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
 except (ValueError, OSError, RuntimeError) as error:  # the last: a seed too large, no memory
-    (end_run if DDP and "gloo" in str(error) else fail)(str(error).partition("\n")[0])
+    if DDP and "gloo" in str(error):
+        raise  # another process has failed, and said why
+    fail(str(error).partition("\n")[0])
 model = torch.compile(raw_model) if compile else raw_model
 if DDP and not fsdp:
     model = DistributedDataParallel(model)
