@@ -23,10 +23,10 @@ from view import in_colour, see, write_html
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # the folder of the run
-start = "\n"  # the prompt, or FILE:path
+start = "\n"  # the prompt, in which \n is a line end; or FILE:path
 num_samples = 3  # drawn together, as one batch
 max_new_tokens = 500  # in each sample
-stop = ""  # a text that ends a sample, where it first comes after the prompt
+stop = ""  # a text that ends a sample, where it first comes after the prompt; \n as in start
 temperature = 0.8  # below 1 less varied, above 1 more; 0: always the likeliest token
 top_k = 200  # draw from the k likeliest tokens only; 0: from all
 top_p = 1.0  # draw from the fewest tokens that hold this probability; 1: from all
@@ -38,10 +38,12 @@ device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
 dtype = "auto"  # of weights and cache: as in train.py; or bfloat16, float16, float32
 compile = False  # torch.compile: small models sample faster, after 10 to 30 s of compiling
 # -----------------------------------------------------------------------------
-LEAST = {"num_samples": 1}
+LEAST = {"num_samples": 1, "top_k": 0, "max_new_tokens": 0, "temperature": 0.0}
 ALLOWED = {"dtype": ("auto", "bfloat16", "float16", "float32")}
 globals().update(override(globals(), sys.argv[1:]))
 
+if not 0 < top_p <= 1:
+    fail(f"top_p={top_p}: must be in (0, 1]; 1 draws from all tokens")
 if not 0 <= seed < 2**63:
     fail(f"seed={seed}: must be from 0 to 2**63 - 1")
 if html and (Path(html).is_dir() or not Path(html).parent.is_dir()):
@@ -81,10 +83,13 @@ try:
     if start.startswith("FILE:"):
         start_path = start.removeprefix("FILE:")
         try:
-            start = Path(start_path).read_text(encoding="utf-8")
+            start = Path(start_path).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"start: cannot read the file {start_path!r}: {reason}") from None
+    else:
+        start = start.replace("\\n", "\n")  # as one writes it in a shell
+    stop = stop.replace("\\n", "\n")
     ids = tokenizer.encode(start)
     if not ids:
         raise ValueError("start: is empty; give at least one character")

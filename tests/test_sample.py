@@ -1,7 +1,9 @@
 """Tests of sample.py; those of what it shows of the experts are in test_view.py."""
 
+import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -53,6 +55,32 @@ def test_load_gives_a_trained_model_and_its_tokenizer(trained, monkeypatch):
         load("absent")
 
 
+@pytest.mark.parametrize("prompt", ["\\n\\ndef ", "FILE:prompt.txt"])
+def test_line_ends_in_a_prompt(prompt, trained, tmp_path):
+    """A shell gives two characters for one; editors give marks, and other ends of lines."""
+    shutil.copytree(trained[0] / "whole", tmp_path / "out")
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbf\r\n\r\ndef ")
+    args = (f"--start={prompt}", "--num_samples=1", "--max_new_tokens=300", "--device=cpu")
+    printed = succeed(tmp_path, "sample.py", *args, "--stop=e\\n")
+    assert printed.startswith("\n\ndef ")
+    found = printed.find("e\n", 6)
+    assert found in (-1, len(printed) - 3) or printed[found + 2 :] == "\n"
+
+
+def test_one_model_in_several_threads(trained):
+    model, tokenizer = load(trained[0] / "whole", device="cpu")
+    prompts = [tokenizer.encode(text) for text in ("def ", "class A", "import torch\n", "x")] * 6
+
+    def sample(ids):
+        idx = torch.tensor([ids])
+        drawn = model.generate(idx, 60, generator=torch.Generator().manual_seed(len(ids)))
+        return drawn[0].tolist(), model(idx).logits.tolist()
+
+    expected = [sample(ids) for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(sample, prompts)] == expected
+
+
 def test_compile_without_a_compiler_is_one_line(trained):
     env = {**OFFLINE, "CXX": "absent-g++", "TORCHINDUCTOR_CACHE_DIR": str(trained[0] / "cache")}
     args = ("--out_dir=whole", "--device=cpu", "--start=model", "--compile", "--max_new_tokens=5")
@@ -87,7 +115,10 @@ def test_a_single_sample_streams(trained):
         (("--device=tpu",), "device='tpu': "),
         (("--checkpoint=absent.pt",), "whole/absent.pt: there is no checkpoint"),
         (("--top_p=2",), "top_p=2.0: must be in"),
-        (("--temperature=-1",), "temperature=-1.0: must be finite and not negative"),
+        (("--temperature=-1",), "temperature=-1.0: must be at least 0"),
+        (("--temperature=1e999",), "temperature takes float|temperature=inf: must be finite"),
+        (("--top_k=-1",), "top_k=-1: must be at least 0"),
+        (("--max_new_tokens=-1",), "max_new_tokens=-1: must be at least 0"),
         (("--max_new_tokens=100000000000000", "--start=a"), "not enough memory; lower --num_sam"),
     ],
 )
