@@ -18,6 +18,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest.mock import patch
 
 import torch
 
@@ -27,7 +28,6 @@ from prepare_shakespeare import Tokenizer
 
 FORMAT = 2  # of a checkpoint; format 1 is of a model with other equations
 ABLATIONS: list[str] = []  # of this process; experiments/ablations.py fills it
-
 # What train.py saves beside the model, to go on from.
 ENTRIES = dict(optimizers=list, scaler=dict, iter_num=int, seconds=float, best_val_loss=float)
 ENTRIES |= dict(is_best=bool, tokenizer=dict, config=dict)
@@ -155,10 +155,10 @@ def build_model(saved: dict, path: str | Path, **changed: Any) -> ParallelEncode
         config, weights = ModelConfig(**saved["model_args"] | changed), saved.pop("model")
         if config.n_layer > len(weights):
             raise ValueError(f"n_layer={config.n_layer}: it has not as many weights")
-        with torch.device("meta"):  # so that wrong sizes are told before they take any memory
-            ParallelEncoderDecoder(config).load_state_dict(weights, assign=True)
-        model = ParallelEncoderDecoder(config)
-        model.load_state_dict(weights)
+        # Wrong sizes take no memory on this device, on which normal_ would import torch._dynamo.
+        with torch.device("meta"), patch("torch.nn.init.normal_"):
+            model = ParallelEncoderDecoder(config)
+        model.load_state_dict(weights, assign=True)
     return model
 
 
