@@ -141,11 +141,10 @@ def read(path: str | Path) -> dict[str, Any]:
         if unknown := sorted(args.keys() - {field.name for field in fields(ModelConfig)}):
             raise ValueError(f"its model_args have an unknown {unknown[0]!r}")
         args = checkpoint["model_args"] = asdict(ModelConfig(**args))  # what it lacks: its default
-        size = (
-            Tokenizer(**checkpoint["tokenizer"]).vocab_size if "tokenizer" in checkpoint else None
-        )
-        if size not in (None, args["vocab_size"]):
-            raise ValueError(f"its tokenizer has {size} tokens, its model {args['vocab_size']}")
+        if "tokenizer" in checkpoint:
+            size = Tokenizer(**checkpoint["tokenizer"]).vocab_size
+            if size != args["vocab_size"]:
+                raise ValueError(f"its tokenizer has {size} tokens, its model {args['vocab_size']}")
     return checkpoint
 
 
@@ -197,7 +196,8 @@ def resume(path: Path, settings: Settings) -> dict[str, Any]:
             fail(f"{where}: {path} has {name}={value!r}; {why}")
         if not where.startswith("--"):
             settings[name] = value
-            kept += [f"{name}={value!r}"] if where and differs else []
+            if where and differs:
+                kept.append(f"{name}={value!r}")
     if kept:
         print(f"the run keeps {', '.join(kept)}, not a config file's; change it by --key=value")
     if (new := settings["max_iters"]) != (old := of_run["max_iters"]):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv}
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 UNUSABLE = (ValueError, ArithmeticError, MemoryError, RecursionError)  # what `evaluate` raises
 # Settings that there were once, and what took their place.
 ABLATED = "cross_first n_cross_head next_position router_detach rounding rounding_scale"
@@ -99,8 +100,7 @@ def read_config_file(path: str, users: tuple[Path, ...] = (), said: str = "") ->
     """The assignments of a config file, those of its base in place; `users` are the files that have
     it as their base, `said` is the place which says so."""
     try:
-        source = Path(path).read_text(encoding="utf-8")
-        tree = ast.parse(source)
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         hint = "" if said else " (settings are --key=value)"
         fail(f"{said}{path}: cannot read this config file: {error.strerror}{hint}")
@@ -219,6 +219,15 @@ def pick_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         fail(f"device={device!r}: {str(error).splitlines()[0]}")
     return device
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """For `auto` bfloat16 on a CUDA GPU that has it, float16 on another one, else float32."""
+    import torch
+
+    if dtype != "auto" or not device.startswith("cuda"):
+        return "float32" if dtype == "auto" else dtype
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def fail(message: str) -> NoReturn:

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -38,7 +37,6 @@ vocabulary_of = ""  # a data set's folder, whose tokenizer this one gets, to go 
 dataset = ""  # the folder below data/; empty: shakespeare_<tokenizer>
 # -----------------------------------------------------------------------------
 KINDS = ("char", "byte", "gpt2")
-ALLOWED = {"tokenizer": KINDS}
 
 DATA = Path("data")
 TINY_URL = (
@@ -155,9 +153,10 @@ def prepare(
     if len(chars) > 1 << 16:
         raise ValueError(f"{source}: {len(chars)} different characters; use --tokenizer=byte")
 
-    if coder and (lacking := Counter(c for c in text if c not in coder.chars) if chars else None):
-        char, times = lacking.most_common(1)[0]
-        line, others = text.count("\n", 0, text.index(char)) + 1, len(lacking) - 1
+    if coder and (lacking := set(chars) - set(coder.chars)):
+        char = max(sorted(lacking), key=text.count)
+        times, line = text.count(char), text.count("\n", 0, text.index(char)) + 1
+        others = len(lacking) - 1
         raise ValueError(
             f"{source}: the vocabulary has no {char!r}, which comes {times:,} times, first in line "
             f"{line:,}{f', nor {others} others' if others else ''}; replace it, or use "

@@ -1,4 +1,4 @@
-"""What a run stands on: processes, device, dtype, lock, signals, errors in one line, and speed.
+"""What a run stands on: processes, device, lock, signals, errors in one line, and speed.
 Nothing here knows of losses, schedules or optimizers."""
 
 import ctypes
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.benchmark import Timer
 
-from configurator import fail, lacks_memory, pick_device
+from configurator import fail, lacks_memory, pick_device, pick_dtype
 from model import Attention, DecoderLayer, EncoderLayer, ParallelEncoderDecoder
 
 # What torchrun says of this process
@@ -31,7 +31,7 @@ UNWRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def start_processes(backend: str, device: str) -> str:
     """Joins the processes of torchrun, where there are any; the device of this one. The master
     speaks for all: the others' stdout goes nowhere."""
-    release_signals()  # until training starts Ctrl-C just ends it
+    handle_signals()  # until training starts Ctrl-C just ends it
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # keep freed memory up to 32 MB a piece: each step asks for the same again
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -55,13 +55,6 @@ def start_processes(backend: str, device: str) -> str:
     if not MASTER:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
-
-
-def pick_dtype(dtype: str, device: str) -> str:
-    """For `auto` bfloat16 on a CUDA GPU that has it, float16 on another one, else float32."""
-    if dtype != "auto" or not device.startswith("cuda"):
-        return "float32" if dtype == "auto" else dtype
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def place(model: ParallelEncoderDecoder, device: str, fsdp: bool) -> None:
@@ -156,17 +149,16 @@ def catch_signals() -> list[int]:
     def on_signal(number: int, frame: object) -> None:
         caught.append(number)
         if not DDP:
-            release_signals()
+            handle_signals()
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    handle_signals(on_signal)
     return caught
 
 
-def release_signals() -> None:
-    """Lets Ctrl-C and SIGTERM end the process at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def handle_signals(handler: Any = signal.SIG_DFL) -> None:
+    """Sets the handler of Ctrl-C and SIGTERM; by default they end the process at once."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def command_to_resume() -> str:
@@ -215,7 +207,7 @@ def estimate_mfu(
 def gemm_peak(device: str) -> float:
     """Floating-point operations a second of a large matrix product, measured once: in bfloat16 on a
     CUDA device that has it, else in float32."""
-    bfloat16 = "cuda" in device and torch.cuda.is_bf16_supported(including_emulation=False)
+    bfloat16 = pick_dtype("auto", device) == "bfloat16"
     n, dtype = (8192, torch.bfloat16) if bfloat16 else (1024, torch.float32)
     generator = torch.Generator(device).manual_seed(0)  # leaves the global one as it is
     a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)

@@ -16,9 +16,16 @@ from pathlib import Path
 import torch
 
 from checkpoint import load
-from configurator import fail, lacks_memory, override, pick_device, printable
+from configurator import (
+    DTYPES,
+    fail,
+    lacks_memory,
+    override,
+    pick_device,
+    pick_dtype,
+    printable,
+)
 from model import compile_step
-from runtime import pick_dtype
 from view import in_colour, see, write_html
 
 # -----------------------------------------------------------------------------
@@ -39,7 +46,7 @@ dtype = "auto"  # of weights and cache: as in train.py; or bfloat16, float16, fl
 compile = False  # torch.compile: small models sample faster, after 10 to 30 s of compiling
 # -----------------------------------------------------------------------------
 LEAST = {"num_samples": 1, "top_k": 0, "max_new_tokens": 0, "temperature": 0.0}
-ALLOWED = {"dtype": ("auto", "bfloat16", "float16", "float32")}
+ALLOWED = {"dtype": DTYPES}
 globals().update(override(globals(), sys.argv[1:]))
 
 if not 0 < top_p <= 1:

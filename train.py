@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import runtime
-from configurator import fail, override, printable
+from configurator import DTYPES, fail, override, pick_dtype, printable
 from model import ModelConfig, ParallelEncoderDecoder
 from muon import Muon, configure_optimizers, gather, grad_norm, restore
 from prepare_shakespeare import consecutive_windows, load_data, prepare_missing
@@ -107,8 +107,7 @@ LEAST |= {"max_iters": 0, "max_seconds": 0.0, "lr_decay_iters": 0, "penalty_iter
 LEAST |= {"weight_decay": 0.0, "muon_lr_ratio": 0.0, "muon_weight_decay": 0.0}
 ALLOWED = {"init_from": ("scratch", "resume"), "optimizer": ("muon", "adamw")}
 ALLOWED |= {"lr_schedule": ("cosine", "linear"), "backend": ("auto", "nccl", "gloo")}
-ALLOWED |= {"penalty_schedule": ("constant", "linear", "exponential")}
-ALLOWED |= {"dtype": ("auto", "bfloat16", "float16", "float32")}
+ALLOWED |= {"penalty_schedule": ("constant", "linear", "exponential"), "dtype": DTYPES}
 
 # The settings: the defaults above, then config files and --key=value. A resumed run has its own.
 settings = override(globals(), sys.argv[1:])
@@ -117,7 +116,7 @@ lock = runtime.lock_folder(settings)  # until this process ends
 own = runtime.start_processes(settings["backend"], settings["device"])  # device, of this process
 runtime.report_errors(path, resumes=settings["init_from"] == "resume")
 saved = checkpoint.resume(path, settings) if settings["init_from"] == "resume" else None
-globals().update(settings, device=own, dtype=runtime.pick_dtype(settings["dtype"], own))
+globals().update(settings, device=own, dtype=pick_dtype(settings["dtype"], own))
 lr_decay_iters, penalty_iters = lr_decay_iters or max_iters, penalty_iters or max_iters
 if min_lr > learning_rate:
     fail(f"min_lr={min_lr}: must be at most learning_rate={learning_rate}")
@@ -359,7 +358,7 @@ if stop and not finished:
     again = runtime.command_to_resume()
     print(f"stopped after {iter_num} iterations; saved {path}; to go on:\n  {again}", flush=True)
     runtime.leave(128 + int(stop))
-runtime.release_signals()  # what is left to do is not saved
+runtime.handle_signals()  # what is left to do is not saved
 if evaluates:
     val = evaluate(map(to_device, consecutive_windows(data["val"], block_size, batch_size)))
     shown = f", experts on {val['experts_on']:.1%}" if has_experts else ""
