@@ -1,6 +1,6 @@
 """A language model of two stacks that advance side by side: the parallel encoder-decoder.
 
-The encoder understands the text read so far, the decoder predicts the next token. Both are causal
+The encoder is to understand the text so far, the decoder to predict the next token. Both are causal
 and read the same tokens. Layer l of the decoder attends to e_l, what layer l of the encoder made:
 
     for each layer:   e = e + attention(e)            d = d + attention(d)         optional
@@ -14,7 +14,7 @@ Notable:
 - Experts: a learned mask switches groups of hidden units off, per token ("learned dropout").
 
 Shapes: B batch, T time, C `n_embd`, V `vocab_size`, L `n_layer`, G `n_expert`, H heads of width D.
-Where T queries meet S keys, they are those of the last T tokens. This file needs torch alone.
+Where T queries meet S keys, the queries are of the last T tokens. This file needs torch alone.
 """
 
 import math
@@ -108,7 +108,7 @@ class Mask(NamedTuple):
     """Which experts are on, per token: (B, T, G) of one block, (L, stacks, B, T, G) of all."""
 
     learned: Tensor  # m, in [0, 1]
-    used: Tensor  # r, rounded to 0 or 1
+    used: Tensor  # r, 0 or 1: sampled from m in training, rounded in evaluation
 
 
 WithMask = tuple[Tensor, Mask | None]  # what a block or a layer returns; None without experts
@@ -225,7 +225,7 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """m = 0.5 cos(A + shift) + 0.5, with A a causal attention over x (B, S, C); r is m rounded."""
+    """m = 0.5 cos(A + shift) + 0.5, with A a causal attention over x, and r of m by round_mask."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
