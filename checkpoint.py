@@ -8,10 +8,12 @@ What is in it is checked too: another program, or somebody, may have written it.
 is train.py's business.
 """
 
-import json
+import math
 import os
+import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -31,6 +33,7 @@ ABLATIONS: list[str] = []  # of this process; experiments/ablations.py fills it
 # What train.py saves beside the model, to go on from.
 ENTRIES = dict(optimizers=list, scaler=dict, iter_num=int, seconds=float, best_val_loss=float)
 ENTRIES |= dict(is_best=bool, tokenizer=dict, config=dict)
+NEW = dict(iter_num=0, seconds=0.0, best_val_loss=math.inf, is_best=False)  # where a run begins
 # A resumed run has the settings of its checkpoint, but for these, which are of each call.
 OF_EACH_CALL = {"init_from", "out_dir", "eval_only", "device", "compile", "backend", "fsdp"}
 OF_EACH_CALL |= {"wandb_log", "wandb_project", "wandb_run_name"}
@@ -71,28 +74,15 @@ def save(path: Path, checkpoint: dict[str, Any], keep_best: bool) -> None:
         best.unlink(missing_ok=True)
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Appends a row of JSON to a file, all of it or nothing. OSError where it cannot."""
-    before = 0
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            before = file.tell()
-            file.write(json.dumps(row) + "\n")
-    except OSError:
-        with suppress(OSError):  # where not even the file could be made
-            os.truncate(path, before)  # no half a line
-        raise
-
-
-def keep_earlier_run(folder: Path) -> None:
-    """Renames the files of an earlier run to *.old, in place of those of the run before it."""
-    for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):
-        path, old = folder / name, folder / f"{name}.old"
-        if path.exists():
-            os.replace(path, old)
-            print(f"{path}, of an earlier run, is now {old.name}")
-            if name == "ckpt.pt":  # whose best one is not that of the run before
-                (folder / "ckpt_best.pt.old").unlink(missing_ok=True)
+def best_so_far(run: dict, settings: Settings, val: Any) -> tuple[tuple[float, int], list[int]]:
+    """The best validation loss of a run, and its iteration; also what it is measured on: a text,
+    and which of it is read. It counts only where the run goes on measuring the same."""
+    names = ("eval_iters", "batch_size", "block_size", "seed")
+    measured = [zlib.crc32(val), *(settings[name] for name in names)]
+    if run.get("measured", measured) == measured:
+        return (run["best_val_loss"], run.get("best_iter", 0)), measured
+    print("the validation loss is measured on other data than before: its best starts anew")
+    return (math.inf, 0), measured
 
 
 def load(
@@ -100,7 +90,7 @@ def load(
 ) -> tuple[ParallelEncoderDecoder, Tokenizer]:
     """The model that train.py left in `out_dir`, in evaluation, and its tokenizer; on the best
     device there is: CUDA, else MPS, else the CPU. ValueError as in `load_checkpoint`."""
-    path = Path(out_dir, name)
+    path = Path(out_dir, name).expanduser()
     model, saved = load_checkpoint(path, pick_device(device))
     with told_in_one_line(path, "not a checkpoint of this model"):
         return model.eval(), Tokenizer(**saved["tokenizer"])
@@ -112,6 +102,14 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
     is missing, damaged, or not such a checkpoint."""
     checkpoint = read(path)
     return build_model(checkpoint, path).to(device), checkpoint
+
+
+def load_best(path: Path) -> tuple[ParallelEncoderDecoder, dict]:
+    """As `load_checkpoint`, of a run that keeps its best one alone: ckpt_best.pt, where one is,
+    since the run was stopped and saved after it, takes its place at `path` again."""
+    with suppress(FileNotFoundError):  # there is none, or another process has done it
+        os.replace(path.with_name("ckpt_best.pt"), path)
+    return load_checkpoint(path)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -151,7 +149,12 @@ def read(path: str | Path) -> dict[str, Any]:
 def build_model(saved: dict, path: str | Path, **changed: Any) -> ParallelEncoderDecoder:
     """The model of a checkpoint, whose weights it takes out; `changed` are fields of its config."""
     with told_in_one_line(path, "not a checkpoint of this model"):
-        config, weights = ModelConfig(**saved["model_args"] | changed), saved.pop("model")
+        config = ModelConfig(**saved["model_args"] | changed)
+        # torch.compile and DDP put a prefix before each name.
+        weights = {re.sub(r"^((_orig_mod|module)\.)+", "", name): weight
+                   for name, weight in saved.pop("model").items()}  # fmt: skip
+        if "pos_emb.weight" in weights:
+            weights["pos_emb.weight"] = weights["pos_emb.weight"][: config.block_size].clone()
         if config.n_layer > len(weights):
             raise ValueError(f"n_layer={config.n_layer}: it has not as many weights")
         # Wrong sizes take no memory on this device, on which normal_ would import torch._dynamo.
@@ -159,6 +162,14 @@ def build_model(saved: dict, path: str | Path, **changed: Any) -> ParallelEncode
             model = ParallelEncoderDecoder(config)
         model.load_state_dict(weights, assign=True)
     return model
+
+
+def require_vocabulary(saved: dict, path: Path, tokenizer: Tokenizer, dataset: str) -> None:
+    """ValueError where a data set has not the ids that the checkpoint's model knows."""
+    if saved["tokenizer"] != asdict(tokenizer):
+        own = saved["config"].get("dataset", dataset)
+        how = f"it with --vocabulary_of=data/{own}" if own != dataset else "that run's text again"
+        raise ValueError(f"data/{dataset}: not the vocabulary of {path}; prepare {how}")
 
 
 @contextmanager
@@ -177,30 +188,50 @@ def told_in_one_line(path: str | Path, what: str) -> Iterator[None]:
         raise ValueError(f"{path}: {what}: {reason or type(error).__name__}") from None
 
 
-def resume(path: Path, settings: Settings) -> dict[str, Any]:
-    """The checkpoint of a run to go on with. Makes the settings those of the run, but --key=value
-    and OF_EACH_CALL. Ends the process with one line where the run cannot go on."""
+def start_from(path: Path, settings: Settings) -> tuple[dict[str, Any] | None, Path | None]:
+    """The checkpoint that init_from says, and its path: that of the run at `path`, to go on with,
+    or another one, with whose weights a new run begins. Makes the settings those of the checkpoint,
+    but OF_EACH_CALL and --key=value; in a new run but what a config file sets, too, save sizes.
+    Ends the process with one line where that cannot be."""
+    if settings["init_from"] == "scratch":
+        return None, None
+    new, source = settings["init_from"] != "resume", path
+    if new:
+        source = Path(settings["init_from"])
+        source = source / "ckpt.pt" if source.is_dir() else source
+        if not source.exists():
+            fail(
+                f"init_from={str(source)!r}: must be scratch, resume, or a run's folder or checkpoint"
+            )
+        if source.parent.resolve() == path.parent.resolve():
+            fail(f"out_dir={settings['out_dir']!r}: a new run from {source} needs another folder")
     try:
-        saved = read(path)
+        saved = read(source)
     except ValueError as error:
         fail(str(error))
-    for name in ENTRIES.keys() - saved.keys():
-        fail(f"{path}: has no entry {name!r}; it was not written by this train.py")
-    of_run, kept = settings.defaults | saved["config"] | saved["model_args"], []
-    fixed = saved["model_args"].keys() - MAY_CHANGE | {"optimizer"}
+    for name in ({"tokenizer"} if new else ENTRIES.keys()) - saved.keys():
+        fail(f"{source}: has no entry {name!r}; it was not written by this train.py")
+    args, kept = saved["model_args"], []
+    of_run = settings.defaults | saved.setdefault("config", {}) | args
+    fixed = args.keys() - MAY_CHANGE - ({"block_size"} if new else set())
+    fixed |= set() if new else {"optimizer"}
     for name in sorted(of_run.keys() - OF_EACH_CALL - {"vocab_size"}, key=str):
-        value = check(name, of_run[name], settings, str(path))
+        value = check(name, of_run[name], settings, str(source))
         where, differs = settings.where.get(name, ""), settings[name] != value
         if where.startswith("--") and differs and name in fixed:
-            why = "sizes, architecture and optimizer of a run cannot change"
-            fail(f"{where}: {path} has {name}={value!r}; {why}")
-        if not where.startswith("--"):
+            fail(f"{where}: {source} has {name}={value!r}, which cannot change")
+        if not where.startswith("--") and not (new and where and name not in fixed):
             settings[name] = value
             if where and differs:
                 kept.append(f"{name}={value!r}")
+    if args["position_embedding"] == "learned" and settings["block_size"] > args["block_size"]:
+        fail(f"block_size: {source} has learned positions for {args['block_size']} tokens, no more")
     if kept:
-        print(f"the run keeps {', '.join(kept)}, not a config file's; change it by --key=value")
-    if (new := settings["max_iters"]) != (old := of_run["max_iters"]):
-        print(f"max_iters={new}, not {old}: where lr_decay_iters, penalty_iters are 0, they follow")
-    print(f"goes on from {path}, saved after {saved['iter_num']} of {new} iterations")
-    return saved
+        how = "" if new else "; change it by --key=value"
+        print(f"the run keeps {', '.join(kept)}, not a config file's{how}")
+    if not new and (now := settings["max_iters"]) != (old := of_run["max_iters"]):
+        print(f"max_iters={now}, not {old}: where lr_decay_iters, penalty_iters are 0, they follow")
+    of = "" if new else f" of {settings['max_iters']}"
+    begins = "a new run from the weights of" if new else "goes on from"
+    print(f"{begins} {source}, saved after {saved.get('iter_num', 0)}{of} iterations")
+    return saved, source

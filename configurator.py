@@ -7,17 +7,20 @@ Also what the scripts share without torch: errors in one line, text that cannot 
 """
 
 import ast
+import os
 import re
 import signal
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from difflib import get_close_matches
 from operator import add, floordiv, mul, sub, truediv
 from pathlib import Path
 from typing import Any, NoReturn
 
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv}
+UNDO = ExitStack()  # puts back what a script changed in its process, which may be a notebook's
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 UNUSABLE = (ValueError, ArithmeticError, MemoryError, RecursionError)  # what `evaluate` raises
 # Settings that there were once, and what took their place.
@@ -30,7 +33,8 @@ RETIRED["muon_learning_rate"] = "set muon_lr_ratio, Muon's rate over learning_ra
 
 class Settings(dict[str, Any]):
     """The settings of a script by name, at first its globals in lower case of type int, float, bool
-    or str. Its globals LEAST and ALLOWED, where it has them, say which values they may have."""
+    or str. Its globals LEAST and ALLOWED, where it has them, say which values they may have, and
+    PATHS which of them are paths, in which ~ is the home folder."""
 
     def __init__(self, script_globals: Mapping[str, Any]):
         for name, value in script_globals.items():
@@ -39,12 +43,17 @@ class Settings(dict[str, Any]):
         self.defaults = dict(self)
         self.least = script_globals.get("LEAST", {})
         self.allowed = script_globals.get("ALLOWED", {})
+        self.paths = script_globals.get("PATHS", ())
         self.where: dict[str, str] = {}  # of what is not the default: "mine.py:3", "--n_layer=4"
 
 
 def override(script_globals: Mapping[str, Any], argv: list[str]) -> Settings:
     """The settings after the arguments: config files, --key=value, --key value, or --key alone for
     True, in order; the last one wins. A mistake ends the process with one line."""
+    UNDO.close()  # of a script before, that an exception ended
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what cannot be shown is replaced; lines come soon
+            stream.reconfigure(errors="replace", line_buffering=True)
     settings = Settings(script_globals)
     if "--help" in argv or "-h" in argv:
         print_help(script_globals, settings)
@@ -81,7 +90,12 @@ def read_arguments(argv: list[str], settings: Settings) -> Iterator[list[tuple]]
     while args:
         arg = args.pop(0)
         if not arg.startswith("--"):
-            yield [*read_config_file(arg)]
+            if not arg.endswith(".py"):
+                hints = {"input_file": "--input_file=", "start": "--start=FILE:"}
+                text = "".join(f"; a text is {h}{arg}" for n, h in hints.items() if n in settings)
+                said = "not a config file, which ends in .py (settings are --key=value)"
+                fail(f"{arg}: {said}{text}")
+            yield [*read_config_file(os.path.expanduser(arg))]
             continue
         key, equals, value = arg[2:].partition("=")
         if not equals:
@@ -100,7 +114,7 @@ def read_config_file(path: str, users: tuple[Path, ...] = (), said: str = "") ->
     """The assignments of a config file, those of its base in place; `users` are the files that have
     it as their base, `said` is the place which says so."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(read_text(path))
     except OSError as error:
         hint = "" if said else " (settings are --key=value)"
         fail(f"{said}{path}: cannot read this config file: {error.strerror}{hint}")
@@ -114,7 +128,8 @@ def read_config_file(path: str, users: tuple[Path, ...] = (), said: str = "") ->
             case ast.Expr(value=ast.Constant()):  # a docstring
                 continue
             case ast.Assign(targets=[ast.Name(id="base")], value=ast.Constant(value=str(name))):
-                base, chain = Path(path).parent / name, (*users, Path(path).resolve())
+                base = Path(path).parent / os.path.expanduser(name)
+                chain = (*users, Path(path).resolve())
                 if base.resolve() in chain:
                     fail(f"{where}: base={name!r}: a file cannot be its own base")
                 yield from read_config_file(str(base), chain, f"{where}: base={name!r}: ")
@@ -187,6 +202,8 @@ def check(name: Any, value: Any, settings: Settings, where: str) -> Any:
         value = float(value)
     if type(value) is not kind:
         fail(f"{where}: {name} takes {kind.__name__} (such as {settings[name]!r}), not {value!r}")
+    if name in settings.paths:
+        value = os.path.expanduser(value)
     place = "" if where.startswith("--") else f"{where}: "
     if name in settings.least and not value >= settings.least[name]:  # NaN is not, either
         fail(f"{place}{name}={value}: must be at least {settings.least[name]}")
@@ -217,7 +234,10 @@ def pick_device(device: str) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"device={device!r}: {str(error).splitlines()[0]}")
+        there = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+        there = ", ".join(["cpu", *["mps"] * torch.backends.mps.is_available(), *there])
+        reason = re.split(r"[.:,\n]", str(error))[0]
+        fail(f"device={device!r:.20}: {reason:.40}; there is {there}")
     return device
 
 
@@ -230,10 +250,16 @@ def pick_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
+def read_text(path: str | Path) -> str:
+    """A text file as editors write it: UTF-8 with or without a byte-order mark, any line ends."""
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
 def fail(message: str) -> NoReturn:
     """Ends the process with one line on stderr that names the script, and exit status 2."""
     line = printable(message).replace("\n", "\\n")
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    UNDO.close()
     sys.exit(2)
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import fail, override
+from configurator import fail, override, read_text
 
 # -----------------------------------------------------------------------------
 input_file = ""  # the text, UTF-8; empty: Shakespeare, from disk or the network
@@ -37,6 +37,7 @@ vocabulary_of = ""  # a data set's folder, whose tokenizer this one gets, to go 
 dataset = ""  # the folder below data/; empty: shakespeare_<tokenizer>
 # -----------------------------------------------------------------------------
 KINDS = ("char", "byte", "gpt2")
+PATHS = ("input_file", "vocabulary_of", "dataset")
 
 DATA = Path("data")
 TINY_URL = (
@@ -210,7 +211,7 @@ def load_data(folder: Path, block_size: int = 0) -> tuple[Tokenizer, dict[str, n
     few for a window of block_size + 1.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads(read_text(folder / "meta.json"))
         tokenizer, data = Tokenizer(**meta["tokenizer"]), {}
         if meta["vocab_size"] != tokenizer.vocab_size:
             raise ValueError(f"vocab_size {meta['vocab_size']} is not that of the tokenizer")

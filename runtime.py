@@ -1,4 +1,4 @@
-"""What a run stands on: processes, device, lock, signals, errors in one line, and speed.
+"""What a run stands on: processes, device, lock, signals, errors in one line.
 Nothing here knows of losses, schedules or optimizers."""
 
 import ctypes
@@ -10,28 +10,31 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.utils.benchmark import Timer
 
-from configurator import fail, lacks_memory, pick_device, pick_dtype
-from model import Attention, DecoderLayer, EncoderLayer, ParallelEncoderDecoder
+from checkpoint import ABLATIONS
+from configurator import UNDO, fail, lacks_memory, pick_device
+from model import DecoderLayer, EncoderLayer, ParallelEncoderDecoder
 
-# What torchrun says of this process
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DDP, MASTER = "RANK" in os.environ, RANK == 0
+# What torchrun says of this process. It sets all of these: what is set by halves is not from it.
+DDP = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+RANK = int(os.environ["RANK"]) if DDP else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if DDP else 1
+MASTER = RANK == 0
+# Ctrl-C, and what clusters, terminals that close, and limits of CPU time send.
+STOP_SIGNALS = [getattr(signal, f"SIG{n}", None) for n in ("INT", "TERM", "HUP", "XCPU", "BREAK")]
+HANDLERS = ExitStack()  # gives the signals back to the handlers that they had before
 UNWRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def start_processes(backend: str, device: str) -> str:
     """Joins the processes of torchrun, where there are any; the device of this one. The master
     speaks for all: the others' stdout goes nowhere."""
-    handle_signals()  # until training starts Ctrl-C just ends it
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # keep freed memory up to 32 MB a piece: each step asks for the same again
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -42,8 +45,9 @@ def start_processes(backend: str, device: str) -> str:
     if DDP and device.startswith("mps"):
         device = "cpu"  # torch.distributed has no backend for MPS
     if device.startswith("cuda"):
+        UNDO.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("high")  # TF32
-        if ":" in device:
+        if DDP:
             torch.cuda.set_device(device)
     if DDP:
         nccl = "cpu:gloo,cuda:nccl"  # gloo beside it, since signals are agreed on without the GPU
@@ -87,9 +91,10 @@ def agree(*values: float) -> list[float]:
 def leave(status: int) -> NoReturn:
     """Ends this process when all are here: the master may still be evaluating, or saving."""
     sys.stdout.flush()  # here, where it fails with one line
+    UNDO.close()
     if not DDP:
         sys.exit(status)
-    if MASTER and "wandb" in sys.modules:
+    if MASTER and hasattr(sys.modules.get("wandb"), "finish"):
         sys.modules["wandb"].finish()
     dist.barrier()
     dist.destroy_process_group()
@@ -119,9 +124,12 @@ def writing(path: Path) -> Iterator[None]:
 def report_errors(checkpoint: Path, resumes: bool) -> None:
     """From here on what is no fault of this program ends it with one line, not with a traceback. It
     says how to go on from `checkpoint`, if this run `resumes` it or has written it."""
-    began = 0.0 if resumes else time.time()
+    began, before = 0.0 if resumes else time.time(), sys.excepthook
+    UNDO.callback(setattr, sys, "excepthook", before)
 
     def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            return  # Python itself ends then, as by the signal
         reason = str(error).partition("\n")[0]
         if DDP and (issubclass(kind, dist.DistError) or "gloo" in reason):
             what = f"process {RANK} has lost another one"
@@ -130,7 +138,7 @@ def report_errors(checkpoint: Path, resumes: bool) -> None:
         elif lacks_memory(error):
             what = "not enough memory; lower --batch_size or --block_size"
         else:
-            return sys.__excepthook__(kind, error, trace)
+            return before(kind, error, trace)
         try:
             if checkpoint.exists() and checkpoint.stat().st_mtime > began:
                 what += f"; --init_from=resume goes on from {checkpoint}"
@@ -142,43 +150,75 @@ def report_errors(checkpoint: Path, resumes: bool) -> None:
 
 
 def catch_signals() -> list[int]:
-    """Makes Ctrl-C and SIGTERM requests to stop: the list gets their numbers. A second one ends
-    a single process at once."""
+    """Makes STOP_SIGNALS requests to stop, but those that are ignored, as by nohup: the list gets
+    their numbers. A second one is handled as before, which ends a single process. A stdout that
+    cannot be written is a request, too: SIGPIPE."""
     caught: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
         caught.append(number)
         if not DDP:
-            handle_signals()
+            HANDLERS.close()
 
-    handle_signals(on_signal)
+    UNDO.push(HANDLERS)
+    for number in filter(None, STOP_SIGNALS):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before = signal.signal(number, on_signal) or signal.SIG_DFL
+            HANDLERS.callback(signal.signal, number, before)
+    UNDO.callback(setattr, sys, "stdout", sys.stdout)
+    sys.stdout = Output(sys.stdout, caught)
     return caught
 
 
-def handle_signals(handler: Any = signal.SIG_DFL) -> None:
-    """Sets the handler of Ctrl-C and SIGTERM; by default they end the process at once."""
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+class Output:
+    """A stream that takes text also where it cannot write it, as the terminal is gone, or the disk
+    is full; then SIGPIPE comes into `caught`."""
+
+    def __init__(self, stream: Any, caught: list[int]):
+        self.stream, self.caught = stream, caught
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.caught.append(13)  # SIGPIPE, which Windows lacks
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what it holds back goes there, too
+            try:
+                print(f"train.py: its output cannot be written ({error})", file=sys.stderr)
+            except OSError:
+                os.dup2(nowhere, sys.stderr.fileno())
+            return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def command(*args: str) -> str:
+    """The command that calls a script with this Python, and with the ablations of this run."""
+    by = [os.path.relpath(Path(__file__).parent / "experiments/ablations.py"), *ABLATIONS]
+    return shlex.join([sys.orig_argv[0], *(by if ABLATIONS else []), *args])
 
 
 def command_to_resume() -> str:
     """The command that goes on with this run."""
-    args = shlex.join([arg for arg in sys.argv if arg != "--init_from=resume"])
-    start = f"torchrun --standalone --nproc_per_node={WORLD_SIZE}" if DDP else "python"
+    args = [arg for arg in sys.argv if not arg.startswith("--init_from=")]
+    args.append("--init_from=resume")
     if int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)) < WORLD_SIZE:
-        start = "torchrun (with the options as before)"
-    return f"{start} {args} --init_from=resume"
+        return f"torchrun (with the options as before) {shlex.join(args)}"
+    start = f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
+    return f"{start} {shlex.join(args)}" if DDP else command(*args)
 
 
-def lock_folder(settings: dict[str, Any]) -> object:
-    """Makes out_dir, where this run writes, and locks it for as long as the result lives: one run
-    at a time. Where there are no such locks, as on Windows, two runs are not told apart."""
+def lock_folder(settings: dict[str, Any]) -> None:
+    """Makes out_dir, where this run writes, and locks it to the end of the script: one run at a
+    time. Where there are no such locks, as on Windows, two runs are not told apart."""
     folder, resumes = settings["out_dir"], settings["init_from"] == "resume"
     if not MASTER or settings["eval_only"] or (resumes and not os.path.exists(folder)):
-        return None
+        return
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(folder, ".lock"), "w", encoding="utf-8")
+        lock = UNDO.enter_context(open(Path(folder, ".lock"), "w", encoding="utf-8"))
     except OSError as error:
         fail(f"out_dir={folder!r}: cannot be used: {error.strerror}")
     with suppress(ImportError, OSError):
@@ -188,28 +228,33 @@ def lock_folder(settings: dict[str, Any]) -> object:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"out_dir={folder!r}: another run is writing there; choose another --out_dir")
-    return lock
 
 
-def estimate_mfu(
-    model: ParallelEncoderDecoder, fwdbwd_per_iter: float, dt: float, peak_flops: float = 0.0
-) -> float:
-    """Model FLOPs utilisation, 0 to 1 (PaLM, arXiv:2204.02311, B): `fwdbwd_per_iter` sequences of
-    block_size in `dt` seconds, against `peak_flops` operations a second; 0: what a GEMM reaches.
-    Counts 6 operations per weight and token, and 12 C T per attention and token."""
-    C, T = model.config.n_embd, model.config.block_size
-    attentions = sum(isinstance(m, Attention) for m in model.modules())  # routers are small
-    flops = (6 * model.num_params() + 12 * attentions * C * T) * T * fwdbwd_per_iter
-    return flops / dt / (peak_flops or gemm_peak(str(model.tok_emb.weight.device)))
+def compiler_works(device: str) -> bool:
+    """Whether torch.compile works here; where it does not, a line says why."""
+    try:
+        torch.compile(torch.cos)(torch.ones(64, device=device))
+        return True
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        print(f"compile=True: does not work here ({reason:.200}); goes on without")
+        return False
 
 
-@cache
-def gemm_peak(device: str) -> float:
-    """Floating-point operations a second of a large matrix product, measured once: in bfloat16 on a
-    CUDA device that has it, else in float32."""
-    bfloat16 = pick_dtype("auto", device) == "bfloat16"
-    n, dtype = (8192, torch.bfloat16) if bfloat16 else (1024, torch.float32)
-    generator = torch.Generator(device).manual_seed(0)  # leaves the global one as it is
-    a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
-    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.2).median
+def track(settings: dict[str, Any], row: dict[str, float] | None = None) -> None:
+    """Begins a run at wandb where that is asked for, or gives it a row. Where it fails a line says
+    why, and the run goes on without: log.jsonl has all rows."""
+    if not MASTER or not settings["wandb_log"]:
+        return
+    try:
+        import wandb
+
+        if row is None:
+            names = dict(project=settings["wandb_project"], name=settings["wandb_run_name"])
+            wandb.init(**names, config=dict(settings))
+        else:
+            wandb.log(row)
+    except Exception as error:
+        settings["wandb_log"] = False
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"wandb_log=True: wandb does not work here ({reason}); only log.jsonl gets the rows")

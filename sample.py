@@ -24,6 +24,7 @@ from configurator import (
     pick_device,
     pick_dtype,
     printable,
+    read_text,
 )
 from model import compile_step
 from view import in_colour, see, write_html
@@ -46,7 +47,7 @@ dtype = "auto"  # of weights and cache: as in train.py; or bfloat16, float16, fl
 compile = False  # torch.compile: small models sample faster, after 10 to 30 s of compiling
 # -----------------------------------------------------------------------------
 LEAST = {"num_samples": 1, "top_k": 0, "max_new_tokens": 0, "temperature": 0.0}
-ALLOWED = {"dtype": DTYPES}
+ALLOWED, PATHS = {"dtype": DTYPES}, ("out_dir", "html", "checkpoint")
 globals().update(override(globals(), sys.argv[1:]))
 
 if not 0 < top_p <= 1:
@@ -90,7 +91,7 @@ try:
     if start.startswith("FILE:"):
         start_path = start.removeprefix("FILE:")
         try:
-            start = Path(start_path).expanduser().read_text(encoding="utf-8-sig")
+            start = read_text(Path(start_path).expanduser())
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"start: cannot read the file {start_path!r}: {reason}") from None

@@ -3,6 +3,7 @@
     python train.py config/shakespeare_char.py                            the main job
     python train.py config/shakespeare_char.py --batch_size=32            a setting overridden
     python train.py --init_from=resume --out_dir=out-shakespeare-char     goes on where it stopped
+    python train.py --init_from=out-shakespeare-char --out_dir=out-mine --dataset=mine   fine-tunes
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 A flat script to edit: settings, set-up, then the loop. Random numbers depend on the seed, iteration
@@ -11,7 +12,6 @@ processes repeat one. (Not with max_seconds, which ties the schedules to the clo
 """
 
 import math
-import shlex
 import sys
 import time
 from collections import Counter
@@ -27,11 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import runtime
 from configurator import DTYPES, fail, override, pick_dtype, printable
-from model import ModelConfig, ParallelEncoderDecoder
+from model import ModelConfig, ParallelEncoderDecoder, evaluation
 from muon import Muon, configure_optimizers, gather, grad_norm, restore
 from prepare_shakespeare import consecutive_windows, load_data, prepare_missing
 from runtime import DDP, MASTER, RANK, WORLD_SIZE, agree, end_run
-from view import expert_statistics
+from view import append_row, estimate_mfu, expert_statistics, start_log
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -41,7 +41,7 @@ log_interval = 10  # iterations between log lines
 eval_iters = 20  # batches per split in each evaluation; the last one reads all of val
 eval_only = False  # evaluate once, then stop
 always_save_checkpoint = True  # False: only when the validation loss improved
-init_from = "scratch"  # or resume, from out_dir/ckpt.pt, with the settings of that run
+init_from = "scratch"  # or resume, out_dir's run; or another run's folder, to begin with its model
 wandb_log = False  # needs: pip install wandb
 wandb_project = "parallel-encoder-decoder"
 wandb_run_name = "run"
@@ -105,17 +105,17 @@ LEAST = dict.fromkeys(("eval_interval", "log_interval", "eval_iters", "batch_siz
 LEAST |= {"gradient_accumulation_steps": 1, "learning_rate": 1e-12, "min_lr": 0.0, "seed": 0}
 LEAST |= {"max_iters": 0, "max_seconds": 0.0, "lr_decay_iters": 0, "penalty_iters": 0}
 LEAST |= {"weight_decay": 0.0, "muon_lr_ratio": 0.0, "muon_weight_decay": 0.0}
-ALLOWED = {"init_from": ("scratch", "resume"), "optimizer": ("muon", "adamw")}
+PATHS, ALLOWED = ("out_dir", "dataset", "init_from"), {"optimizer": ("muon", "adamw")}
 ALLOWED |= {"lr_schedule": ("cosine", "linear"), "backend": ("auto", "nccl", "gloo")}
 ALLOWED |= {"penalty_schedule": ("constant", "linear", "exponential"), "dtype": DTYPES}
 
 # The settings: the defaults above, then config files and --key=value. A resumed run has its own.
 settings = override(globals(), sys.argv[1:])
-path = Path(settings["out_dir"], "ckpt.pt")
-lock = runtime.lock_folder(settings)  # until this process ends
+path, resumes = Path(settings["out_dir"], "ckpt.pt"), settings["init_from"] == "resume"
+runtime.lock_folder(settings)
 own = runtime.start_processes(settings["backend"], settings["device"])  # device, of this process
-runtime.report_errors(path, resumes=settings["init_from"] == "resume")
-saved = checkpoint.resume(path, settings) if settings["init_from"] == "resume" else None
+runtime.report_errors(path, resumes)
+saved, source = checkpoint.start_from(path, settings)  # None, None from scratch
 globals().update(settings, device=own, dtype=pick_dtype(settings["dtype"], own))
 lr_decay_iters, penalty_iters = lr_decay_iters or max_iters, penalty_iters or max_iters
 if min_lr > learning_rate:
@@ -142,23 +142,22 @@ try:
     config = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
     if saved is None:
         raw_model = ParallelEncoderDecoder(ModelConfig(vocab_size=tokenizer.vocab_size, **config))
-    elif saved["tokenizer"] != asdict(tokenizer):
-        raise ValueError(f"data/{dataset}: not the vocabulary that {out_dir} was trained with")
     else:
-        raw_model = checkpoint.build_model(saved, path, **config)
+        checkpoint.require_vocabulary(saved, source, tokenizer, dataset)
+        raw_model = checkpoint.build_model(saved, source, **config)
     runtime.place(raw_model, device, fsdp)
     adamw = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay)
     muon = dict(lr=learning_rate, momentum=muon_momentum, weight_decay=muon_weight_decay)
     optimizers = configure_optimizers(raw_model, adamw, muon if optimizer == "muon" else None)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-    if saved is not None and not eval_only:
+    if resumes and not eval_only:
         restore(optimizers, saved.pop("optimizers"))
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
 except (ValueError, OSError, RuntimeError) as error:  # the last: a seed too large, no memory
     if DDP and "gloo" in str(error):
         raise  # another process has failed, and said why
     fail(str(error).partition("\n")[0])
-model = torch.compile(raw_model) if compile else raw_model
+model = torch.compile(raw_model) if compile and runtime.compiler_works(device) else raw_model
 if DDP and not fsdp:
     model = DistributedDataParallel(model)
 params, has_experts = list(raw_model.parameters()), raw_model.config.n_expert > 0
@@ -184,14 +183,12 @@ def to_device(windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()  # in inference_mode what fsdp gathers could not be trained
 def evaluate(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """The model's metrics in evaluation, their mean over all tokens of the batches."""
-    raw_model.eval()
     sums, tokens = Counter(), 0
     for x, y in batches:
-        with autocast:
+        with autocast, evaluation(raw_model.modules()):
             metrics = raw_model(x, y).metrics
         tokens += y.numel()
         sums.update({name: value * y.numel() for name, value in metrics.items()})
-    raw_model.train()
     return {name: value.item() / tokens for name, value in sums.items()}
 
 
@@ -223,11 +220,12 @@ def get_penalty_scale(it: float) -> float:
 def save_checkpoint(is_best: bool) -> None:
     """Writes out_dir/ckpt.pt. ckpt_best.pt is there where the best one is an older one."""
     global saved_is_best, saved_iter
-    state = dict(iter_num=iter_num, seconds=seconds, best_val_loss=best_val_loss, is_best=is_best)
-    state |= dict(decisions=decisions, tokenizer=asdict(tokenizer), config=dict(settings))
-    state |= dict(model=raw_model.state_dict(), model_args=asdict(raw_model.config))
-    state |= dict(optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict())
-    state = gather(state, keep=MASTER)
+    state = dict(iter_num=iter_num, seconds=seconds, config=settings, tokenizer=asdict(tokenizer))
+    state |= dict(best_val_loss=best[0], best_iter=best[1], is_best=is_best)
+    state |= dict(decisions=decisions, measured=measured, model_args=asdict(raw_model.config))
+    state |= dict(model=raw_model.state_dict(), scaler=scaler.state_dict())
+    state |= dict(optimizers=[opt.state_dict() for opt in optimizers])
+    state = gather(state, keep=MASTER)  # plain dicts, too
     if MASTER:
         with runtime.writing(path):
             checkpoint.save(path, state, keep_best=saved_is_best and not is_best)
@@ -238,9 +236,8 @@ def log_row(row: dict[str, float | list]) -> None:
     """Appends a row to out_dir/log.jsonl, and to wandb where asked for."""
     if MASTER:
         with runtime.writing(log := path.with_name("log.jsonl")):
-            checkpoint.append_row(log, row)
-        if wandb_log:
-            wandb.log({name: float(np.mean(value)) for name, value in row.items()})
+            append_row(log, row)
+        runtime.track(settings, {name: float(np.mean(value)) for name, value in row.items()})
 
 
 def log_iteration(logged: torch.Tensor) -> None:
@@ -255,9 +252,8 @@ def log_iteration(logged: torch.Tensor) -> None:
     shown = f", experts on {experts_on:.1%}" if has_experts else ""
     print(
         f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, {tokens_per_iter / dt:,.0f} "
-        f"tok/s, mfu {runtime.estimate_mfu(raw_model, micro_steps * batch_size, dt):.0%}, "
-        f"{left // 60}:{left % 60:02} left{shown}",
-        flush=True,
+        f"tok/s, mfu {estimate_mfu(raw_model, micro_steps * batch_size, dt):.0%}, "
+        f"{left // 60}:{left % 60:02} left{shown}"
     )
 
 
@@ -266,29 +262,26 @@ def not_finite(what: str, loss: float, may_pass: bool = False) -> None:
     line = f"iter {iter_num}: the {what} is not finite (loss {loss:.4g}, gradient norm "
     line += f"{norm:.4g}, learning rate {lr:.3g})"
     if not may_pass:
-        end_run(f"{line}; checkpoints are as they were; lower --learning_rate")
-    print(f"{line}; step skipped", flush=True)
+        how = "--learning_rate" + " or --muon_lr_ratio" * (optimizer == "muon")
+        end_run(f"{line}; checkpoints are as they were; lower {how}")
+    print(f"{line}; step skipped")
 
 
 # Where the run is: at its start, or where the checkpoint has it.
-run = saved or dict(iter_num=0, seconds=0.0, best_val_loss=math.inf, is_best=False, decisions=None)
-iter_num, start_seconds, best_val_loss = run["iter_num"], run["seconds"], run["best_val_loss"]
+run = saved if resumes else checkpoint.NEW
+iter_num, start_seconds = run["iter_num"], run["seconds"]
+best, measured = checkpoint.best_so_far(run, settings, data["val"])  # best: loss, iteration
 saved_is_best, decisions = run["is_best"], run.get("decisions")  # which experts were on
-resumed_at = saved_iter = -1 if saved is None or eval_only else iter_num
-if wandb_log and MASTER:
-    try:
-        import wandb
-
-        wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
-    except Exception as error:  # it is not installed, or has no key
-        fail(f"wandb_log=True needs wandb: pip install wandb, or set --wandb_log=False ({error})")
-if saved is None and MASTER and not eval_only:
+resumed_at = saved_iter = iter_num if resumes and not eval_only else -1
+runtime.track(settings)
+if MASTER and not eval_only:
     with runtime.writing(path):
-        checkpoint.keep_earlier_run(path.parent)
+        start_log(path.parent, iter_num if resumes else None)
 size = f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}"
-print(f"{size}, {tokens_per_iter:,} tokens per iteration")
-runtime.estimate_mfu(raw_model, 1, 1)  # measures the machine's peak, before the clock starts
-signals = runtime.catch_signals()
+times = f", the text {max_iters * tokens_per_iter / len(data['train']):.1f} times"
+print(f"{size}, {tokens_per_iter:,} tokens per iteration{'' if max_seconds else times}")
+estimate_mfu(raw_model, 1, 1)  # measures the machine's peak, before the clock starts
+signals, losses = runtime.catch_signals(), {}  # losses: of the last evaluation
 start = last = time.perf_counter()
 last_iter, bad_steps, norm = iter_num, 0, math.nan  # bad steps in a row
 while True:
@@ -303,14 +296,14 @@ while True:
     if due and evaluates:
         losses = {f"{split}_loss": estimate_loss(split) for split in data}
         shown = ", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items())
-        print(f"step {iter_num}: {shown}", flush=True)
+        print(f"step {iter_num}: {shown}")
         if not math.isfinite(losses["val_loss"]):
             not_finite("validation loss", losses["val_loss"])
         if not eval_only:
             experts, decisions = statistics(raw_model, data["val"], penalty_scale, decisions)
             log_row({"iter": iter_num, **losses, "lr": lr, "seconds": seconds, **experts})
-            improved = iter_num > 0 and losses["val_loss"] < best_val_loss
-            best_val_loss = losses["val_loss"] if improved else best_val_loss
+            improved = iter_num > 0 and losses["val_loss"] < best[0]
+            best = (losses["val_loss"], iter_num) if improved else best
             if improved or (always_save_checkpoint and iter_num > 0):
                 save_checkpoint(is_best=improved)
         last, last_iter = time.perf_counter(), iter_num  # an evaluation is not time of training
@@ -356,17 +349,24 @@ if stop and not finished:
     if evaluates and saved_iter != iter_num:
         save_checkpoint(is_best=False)
     again = runtime.command_to_resume()
-    print(f"stopped after {iter_num} iterations; saved {path}; to go on:\n  {again}", flush=True)
+    print(f"stopped after {iter_num} iterations; saved {path}; to go on:\n  {again}")
     runtime.leave(128 + int(stop))
-runtime.handle_signals()  # what is left to do is not saved
+runtime.HANDLERS.close()  # what is left to do is not saved
 if evaluates:
+    if not eval_only and 0 < saved_iter < iter_num:  # the end was not worth a checkpoint
+        raw_model, kept = checkpoint.load_best(path)
+        runtime.place(raw_model, device, fsdp)
+        iter_num, seconds = kept["iter_num"], kept["seconds"]
+        print(f"back to step {iter_num}, the best one, which {path} has")
     val = evaluate(map(to_device, consecutive_windows(data["val"], block_size, batch_size)))
-    shown = f", experts on {val['experts_on']:.1%}" if has_experts else ""
-    shown += f", after {iter_num} iterations, {seconds:.1f} s"
-    print(f"whole validation split: loss {val['cross_entropy']:.4f}{shown}")
+    loss, took = val.pop("cross_entropy"), f"after {iter_num} iterations, {seconds:.1f} s"
+    shown = f"experts on {val['experts_on']:.1%}, " if has_experts else ""
+    print(f"whole validation split: loss {loss:.4f}, {shown}{took}")
     if not eval_only:
-        val = {"iter": iter_num, "whole_val_loss": val.pop("cross_entropy"), **val}
-        log_row({**val, "seconds": seconds})
+        log_row({"iter": iter_num, "whole_val_loss": loss, **val, "seconds": seconds})
+    if losses.get("val_loss", 0.0) > 1.01 * best[0] and not (max_seconds or eval_only):
+        shorter = f"a run with --max_iters={best[1]} is likely to be better"
+        print(f"the validation loss has risen since step {best[1]}: {shorter}")
     if not eval_only and not fsdp:  # which would gather all layers for each token
         idx = torch.tensor([tokenizer.encode(tokenizer.prompt)], device=device)
         torch.manual_seed(seed)
@@ -374,6 +374,6 @@ if evaluates:
         print(f"\nA sample:\n{printable(tokenizer.decode(text[0].tolist()))}\n")
     if not eval_only and path.exists():
         start = [] if tokenizer.prompt == "\n" else [f"--start={tokenizer.prompt}"]
-        command = shlex.join(["python", "sample.py", f"--out_dir={out_dir}", *start])
-        print(f"More of it: {printable(command)}")
+        sample = str(Path(sys.argv[0]).with_name("sample.py"))
+        print("More of it:", printable(runtime.command(sample, f"--out_dir={out_dir}", *start)))
 runtime.leave(0)

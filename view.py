@@ -1,6 +1,6 @@
-"""What the experts do: statistics for a log, and text coloured by the experts that were on.
+"""What a run shows: its log, its speed, and what the experts do, in figures and in a text.
 
-train.py logs the statistics; sample.py shows texts, in a terminal by `--show_experts`, as a page by
+train.py writes the log; sample.py shows texts, in a terminal by `--show_experts`, as a page by
 `--html=FILE`. Probes and figures for the docs are in experiments/.
 """
 
@@ -8,6 +8,10 @@ import base64
 import codecs
 import hashlib
 import json
+import math
+import os
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import printable
-from model import ParallelEncoderDecoder, evaluation, mask_statistics, window_start
+from checkpoint import write_whole
+from configurator import pick_dtype, printable
+from model import Attention, ParallelEncoderDecoder, evaluation, mask_statistics, window_start
 from prepare_shakespeare import Tokenizer
 
 N_LIKELY = 8  # next tokens that the page shows for each token
@@ -42,6 +47,76 @@ def expert_statistics(
         stats["changed"] = changed.float().mean(dim=(-3, -2, -1))
     weights = {name: penalty_scale * getattr(c, name) for name in ("entropy_weight", "l1_weight")}
     return {name: value.tolist() for name, value in stats.items()} | weights, decisions
+
+
+def append_row(path: Path, row: dict[str, float | list]) -> None:
+    """Appends a row of JSON to a file, all of it or nothing. OSError where it cannot. Where a run
+    that was finished is closed again, the row is there already."""
+    before, name = 0, "whole_val_loss"
+    try:
+        with open(path, "a+", encoding="utf-8") as file:
+            before = file.tell()
+            file.seek(0)
+            last = json.loads((file.read().splitlines() or ["{}"])[-1])
+            if name not in row or any(last.get(k) != row[k] for k in ("iter", name)):
+                file.write(json.dumps(row) + "\n")
+    except OSError:
+        with suppress(OSError):  # where not even the file could be made
+            os.truncate(path, before)  # no half a line
+        raise
+
+
+def start_log(folder: Path, resumed_at: int | None) -> None:
+    """Of a new run: renames the files of an earlier one to *.old, in place of those of the run
+    before it. Of a resumed one: takes out of the log what the run will write again."""
+    if resumed_at is not None:
+        log = folder / "log.jsonl"
+        rows = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        kept = [row for row in rows if iteration(row) <= resumed_at]
+        if kept != rows:
+            write_whole(log, lambda file: file.write("".join(kept).encode()))
+        return
+    for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):
+        path, old = folder / name, folder / f"{name}.old"
+        if path.exists():
+            os.replace(path, old)
+            print(f"{path}, of an earlier run, is now {old.name}")
+            if name == "ckpt.pt":  # whose best one is not that of the run before
+                (folder / "ckpt_best.pt.old").unlink(missing_ok=True)
+
+
+def iteration(row: str) -> float:
+    """That of a row of the log; infinity where the row is not whole."""
+    try:
+        return json.loads(row)["iter"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf
+
+
+def estimate_mfu(
+    model: ParallelEncoderDecoder, fwdbwd_per_iter: float, dt: float, peak_flops: float = 0.0
+) -> float:
+    """Model FLOPs utilisation, 0 to 1 (PaLM, arXiv:2204.02311, B): `fwdbwd_per_iter` sequences of
+    block_size in `dt` seconds, against `peak_flops` operations a second; 0: what a GEMM reaches.
+    Counts 6 operations per weight and token, and 12 C T per attention and token."""
+    C, T = model.config.n_embd, model.config.block_size
+    attentions = sum(isinstance(m, Attention) for m in model.modules())  # routers are small
+    flops = (6 * model.num_params() + 12 * attentions * C * T) * T * fwdbwd_per_iter
+    return flops / dt / (peak_flops or gemm_peak(str(model.tok_emb.weight.device)))
+
+
+@cache
+def gemm_peak(device: str) -> float:
+    """Floating-point operations a second of a large matrix product, measured once: in bfloat16 on a
+    CUDA device that has it, else in float32."""
+    from torch.utils.benchmark import Timer  # here, since sampling needs it not
+
+    bfloat16 = pick_dtype("auto", device) == "bfloat16"
+    n, dtype = (8192, torch.bfloat16) if bfloat16 else (1024, torch.float32)
+    generator = torch.Generator(device).manual_seed(0)  # leaves the global one as it is
+    a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.2).median
 
 
 class Seen(NamedTuple):

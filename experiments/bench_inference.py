@@ -84,7 +84,7 @@ from model import (  # noqa: E402
     compile_step,
     stacked,
 )
-from runtime import gemm_peak  # noqa: E402
+from view import gemm_peak  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 THREADS, ROUNDS = 2, 6  # the first round is not counted

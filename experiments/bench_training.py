@@ -41,7 +41,7 @@ from measuring import memory, num_params  # noqa: E402
 
 from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
 from muon import configure_optimizers  # noqa: E402
-from runtime import gemm_peak  # noqa: E402
+from view import gemm_peak  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 V, ROUNDS, THREADS = 65, 6, 2  # the first round is not counted

@@ -214,7 +214,7 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
         if not peer:  # whose checkpoint need not fit
             sys.path.insert(0, str(ROOT))
             from checkpoint import load_checkpoint  # here: the tables need the grids, but no torch
-            from runtime import estimate_mfu
+            from view import estimate_mfu
 
             model, _ = load_checkpoint(f"{out_dir}/ckpt.pt")
             found["flops_per_token"] = estimate_mfu(model, 1, model.config.block_size, peak_flops=1)

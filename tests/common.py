@@ -52,7 +52,9 @@ def become(folder, argv, env, output, first):
     for number, file in zip((1, 2), output, strict=True):
         os.dup2(file.fileno(), number)
         file.close()
-    sys.argv, sys.path[0] = argv, str(ROOT)
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout, sys.stderr = (open(k, "w", encoding=encoding, closefd=False) for k in (1, 2))
+    sys.argv, sys.orig_argv, sys.path[0] = argv, ["python", *argv], str(ROOT)
     sys.path[1:1] = env.get("PYTHONPATH", "").split(os.pathsep)
     torch.set_num_threads(1)
     try:
@@ -62,6 +64,10 @@ def become(folder, argv, env, output, first):
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
+    except KeyboardInterrupt:  # what Python does
+        sys.excepthook(*sys.exc_info())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 class Forked:
@@ -161,10 +167,10 @@ def run_two(folder, *args, script="train.py"):
 
 
 def start_and_signal(
-    folder, number, *args, after="iter 12:", times=1, script="train.py", tiny=True
+    folder, number, *args, after="iter 12:", times=1, script="train.py", tiny=True, first=None
 ):
     """Starts train.py, sends it a signal when it has printed `after`; its output and status."""
-    process = start(folder, script, *(TINY if tiny else ()), *args)
+    process = start(folder, script, *(TINY if tiny else ()), *args, first=first)
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()
     printed = ""

@@ -98,7 +98,10 @@ def test_settings_of_the_device(tmp_path):
         ("--on_cpu=5", "on_cpu: takes a dict of settings, not 5"),
         ("--CONSTANT=5", "no setting 'CONSTANT'"),
         ("absent.py", "absent.py: cannot read this config file: No such file"),
-        ("n_layer=5", r"n_layer=5: cannot read .*settings are --key=value"),
+        (
+            "n_layer=5",
+            r"n_layer=5: not a config file, which ends in .py \(settings are --key=value",
+        ),
     ],
 )
 def test_a_wrong_argument_gets_one_line(argument, said, capsys):

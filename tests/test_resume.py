@@ -122,7 +122,7 @@ def test_resume_cannot_change_the_model_and_its_optimizer(given, kept, trained):
     """On the command line that is a mistake; a config file's setting is not taken, and a line says
     so, also where the run is only evaluated."""
     args = ("--out_dir=whole", "--init_from=resume", "--eval_only=True")
-    said = f"{given}: whole/ckpt.pt has {kept}; sizes, architecture and optimizer of a run cannot"
+    said = f"{given}: whole/ckpt.pt has {kept}, which cannot change"
     fails_with(re.escape(said), trained[0], "train.py", *TINY, *args, given)
     name, value = given.removeprefix("--").split("=")
     config = trained[0] / "other.py"
@@ -137,4 +137,10 @@ def test_resume_needs_the_same_vocabulary(trained, tmp_path):
     (tmp_path / "input.txt").write_text("to be or not to be " * 99)
     succeed(tmp_path, "prepare_shakespeare.py", "--input_file=input.txt")
     args = (tmp_path, "train.py", *TINY, "--out_dir=whole", "--init_from=resume")
-    fails_with("not the vocabulary that whole was trained with", *args)
+    said = (
+        "data/shakespeare_char: not the vocabulary of whole/ckpt.pt; prepare that run's text again"
+    )
+    fails_with(said, *args)
+    shutil.copytree(tmp_path / "data/shakespeare_char", tmp_path / "data/mine")
+    said = "data/mine: .*; prepare it with --vocabulary_of=data/shakespeare_char"
+    fails_with(said, *args, "--dataset=mine")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model import Attention
-from runtime import estimate_mfu
 from test_model import build
+from view import estimate_mfu
 
 
 def test_mfu_by_hand():

@@ -13,7 +13,7 @@ import torch
 from checkpoint import load_checkpoint
 from common import (
     LONG,
-    OFFLINE,
+    ROOT,
     TINY,
     evaluations,
     fails_with,
@@ -37,7 +37,9 @@ def test_a_run_shows_what_it_does(trained):
         re.M,
     )
     assert [int(i) for i, _ in iters] == list(range(20))
-    assert "A sample:\n" in printed and "python sample.py --out_dir=whole" in printed
+    assert "A sample:\n" in printed and f"python {ROOT}/sample.py --out_dir=whole\n" in printed
+    tokens = json.loads((folder / "data/shakespeare_char/meta.json").read_text("utf-8"))["tokens"]
+    assert f" 64 tokens per iteration, the text {1280 / tokens['train']:.1f} times\n" in printed
     whole = float(re.search(r"^whole validation split: loss (\S+),", printed, re.M)[1])
     rows = evaluations(folder / "whole")
     assert [row["iter"] for row in rows] == [0, 10, 20, 20]
@@ -164,13 +166,11 @@ def test_half_precision_learns_as_float32_does(dtype, trained, workplace):
     assert half["whole_val_loss"] == pytest.approx(full["whole_val_loss"], rel=0.02)
 
 
-@pytest.mark.parametrize("fails", ["raise ImportError", "def init(**how): raise ValueError('key')"])
+@pytest.mark.parametrize("fails", ["--beta1=2.0", "--init_from=absent"])
 def test_a_run_that_cannot_start_leaves_the_earlier_one(fails, workplace):
-    (workplace / "wandb.py").write_text(fails)  # also where it is installed
     (workplace / "out").mkdir()
     (workplace / "out/ckpt.pt").write_text("of an earlier run")
-    env = {**OFFLINE, "PYTHONPATH": str(workplace)}
-    fails_with("wandb_log=True needs wandb", workplace, "train.py", *TINY, "--wandb_log", env=env)
+    fails_with("Invalid beta|init_from='absent'", workplace, "train.py", *TINY, fails)
     assert (workplace / "out/ckpt.pt").read_text() == "of an earlier run"
 
 
@@ -198,7 +198,10 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one(fails, workplace):
         ),
         (("--batch_size=1000000000000000",), "not enough memory; lower --batch_size .* allocate"),
         (("--init_from=resume", "--out_dir=absent"), "absent/ckpt.pt: there is no checkpoint"),
-        (("--init_from=gpt2",), "init_from='gpt2': must be one of scratch, resume"),
+        (
+            ("--init_from=gpt2",),
+            "init_from='gpt2': must be scratch, resume, or a run's folder or checkpoint",
+        ),
         (("--device=tpu",), "device='tpu': "),
         (("--optimizer=sgd",), "optimizer='sgd': must be one of muon, adamw"),
         (("--muon_momentum=1.0",), "momentum=1.0: must be at least 0 and less than 1"),
@@ -210,7 +213,6 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one(fails, workplace):
         (("--max_seconds=-1",), "max_seconds=-1.0: must be at least 0"),
         (("--batch_size=0",), "batch_size=0: must be at least 1"),
         (("--block_size=9999",), "fewer than block_size"),
-        (("--wandb_log=True",), "wandb_log=True needs wandb: pip install wandb"),
     ],
 )
 def test_a_mistake_in_training_gets_one_line(args, said, tmp_path, prepared):
@@ -225,7 +227,5 @@ def test_a_mistake_in_training_gets_one_line(args, said, tmp_path, prepared):
         shutil.copytree(data / "shakespeare_char", data / name)
         path = data / name / f"{part}.bin"
         path.write_bytes(change(path.read_bytes()))
-    (workplace / "wandb.py").write_text("raise ImportError")  # also where it is installed
-    env = {**OFFLINE, "PYTHONPATH": str(workplace)}
     status = 1 if "memory" in said else 2
-    fails_with(said, workplace, "train.py", *TINY, *args, env=env, status=status)
+    fails_with(said, workplace, "train.py", *TINY, *args, status=status)

@@ -1,0 +1,290 @@
+"""Tests of where a run meets the world: terminals, signals, paths, editors, the environment."""
+
+import codecs
+import importlib
+import json
+import math
+import os
+import pty
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import runtime
+from checkpoint import load
+from common import (
+    LONG,
+    OFFLINE,
+    ROOT,
+    TINY,
+    evaluations,
+    run,
+    start,
+    start_and_signal,
+    succeed,
+)
+from prepare_shakespeare import load_data
+
+GLOBALS = {"__doc__": "", "__file__": __file__, "out_dir": "out", "name": "a", "device": "cpu"}
+GLOBALS["PATHS"] = ("out_dir",)
+
+
+# ---- what cannot be shown ---------------------------------------------------
+
+CHINESE = "狐狸跳過了那隻懶狗。" * 60
+
+
+@pytest.fixture(scope="module")
+def chinese(tmp_path_factory):
+    """A run on a Chinese text, and what it printed on a terminal that cannot show one."""
+    folder = tmp_path_factory.mktemp("chinese")
+    (folder / "狐狸.txt").write_text(CHINESE, "utf-8")
+    env = {**OFFLINE, "PYTHONIOENCODING": "cp1252"}
+    args = ("--input_file=狐狸.txt", "--dataset=狐")
+    succeed(folder, "prepare_shakespeare.py", *args, env=env)
+    args = (*TINY, "--dataset=狐", "--out_dir=out-狐")
+    return folder, succeed(folder, "train.py", *args, env=env)
+
+
+def test_what_a_terminal_cannot_show_is_replaced(chinese):
+    folder, printed = chinese
+    assert "A sample:\n?" in printed and "/sample.py '--out_dir=out-?'" in printed
+    assert load_data(folder / "data/狐")[0].chars == "".join(sorted(set(CHINESE)))
+    assert json.loads((folder / "data/狐/meta.json").read_text("utf-8"))["source"] == "狐狸.txt"
+
+
+@pytest.mark.parametrize("encoding, shown", [("utf-8", "狐"), ("cp1252", "?"), ("ascii", "?")])
+def test_a_sample_is_printed_in_any_encoding(encoding, shown, chinese):
+    env = {**OFFLINE, "PYTHONIOENCODING": encoding}
+    args = ("--out_dir=out-狐", "--start=狐", "--max_new_tokens=20", "--device=cpu")
+    done = run(chinese[0], "sample.py", *args, env=env)
+    assert done.returncode == 0 and done.stdout.startswith(shown) and not done.stderr
+
+
+# ---- signals ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU"])
+def test_whatever_asks_to_stop_saves(name, workplace):
+    number = getattr(signal, name)
+    printed, status = start_and_signal(workplace, number, *LONG)
+    saved = torch.load(workplace / "out/ckpt.pt", weights_only=True)["iter_num"]
+    assert status == 128 + number and saved >= 12
+    if name != "SIGHUP":  # whose terminal is gone
+        assert f"stopped after {saved} iterations" in printed
+
+
+def test_a_terminal_that_closes_saves(workplace):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(workplace)
+        command = [sys.executable, str(ROOT / "train.py"), *TINY, *LONG, "--log_interval=1"]
+        os.execve(sys.executable, command, {**OFFLINE})
+    shown = b""
+    while b"iter 12:" not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert torch.load(workplace / "out/ckpt.pt", weights_only=True)["iter_num"] >= 12
+    assert status in (128 + signal.SIGHUP, 128 + signal.SIGPIPE)  # whichever comes first
+
+
+def test_a_signal_that_is_ignored_stays_ignored(workplace):
+    """As by nohup."""
+    args = ("--max_iters=60", "--log_interval=6")
+    ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    printed, status = start_and_signal(workplace, signal.SIGHUP, *args, first=ignore)
+    assert status == 0 and "whole validation split" in printed and "stopped" not in printed
+
+
+def test_a_reader_that_goes_away_ends_the_run_with_a_checkpoint(workplace):
+    """As head does, and less."""
+    process = start(workplace, "train.py", *TINY, *LONG)
+    while not process.stdout.readline().startswith("iter 12:"):
+        pass
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert torch.load(workplace / "out/ckpt.pt", weights_only=True)["iter_num"] > 12
+
+
+# ---- paths, and files as editors write them ---------------------------------
+
+
+@pytest.mark.parametrize("how", ["--out_dir=~/a", "--out_dir ~/a", "c.py", "on_cpu", "base"])
+def test_the_home_folder_in_a_path(how, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sources = {
+        "c.py": "out_dir = '~/a'",
+        "on_cpu": "on_cpu = {'out_dir': '~/a'}",
+        "base": "base = '~/d.py'",
+    }
+    (tmp_path / "d.py").write_text("out_dir = '~/a'")
+    (tmp_path / "c.py").write_text(sources.get(how, ""))
+    argv = ["~/c.py"] if how in sources else how.split()
+    found = configurator.override(GLOBALS, [*argv, "--name=~/a"])
+    assert found["out_dir"] == str(tmp_path / "a") and found["name"] == "~/a"
+
+
+def test_the_home_folder_in_every_setting_that_is_a_path(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained[0] / "whole", tmp_path / "whole")
+    (tmp_path / "prompt.txt").write_bytes(codecs.BOM_UTF8 + b"def \r\n")
+    env = {**OFFLINE, "HOME": str(tmp_path)}
+    args = ("--out_dir=~/whole", "--start=FILE:~/prompt.txt", "--max_new_tokens=3", "--device=cpu")
+    assert succeed(trained[0], "sample.py", *args, env=env).startswith("def \n")
+    (tmp_path / "a.txt").write_text("to be or not to be " * 9)
+    args = ("--input_file=~/a.txt", "--dataset=~/mine")
+    succeed(trained[0], "prepare_shakespeare.py", *args, env=env)
+    assert (tmp_path / "mine/meta.json").exists() and not (trained[0] / "~").exists()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("~/whole")[1] == load(tmp_path / "whole")[1]
+
+
+@pytest.mark.parametrize("start", [codecs.BOM_UTF8, b"", b"# \xe7\x8b\x90\r\n"])
+def test_a_config_file_of_any_editor(start, tmp_path):
+    (tmp_path / "base.py").write_bytes(start + b"out_dir = 'b'\r\n")
+    (tmp_path / "c.py").write_bytes(start + b"base = 'base.py'\r\nname = out_dir\r\n")
+    found = configurator.override(GLOBALS, [str(tmp_path / "c.py")])
+    assert found["out_dir"] == found["name"] == "b"
+
+
+def test_a_meta_json_of_any_editor(prepared, tmp_path):
+    shutil.copytree(prepared / "data/shakespeare_char", tmp_path / "data")
+    meta = tmp_path / "data/meta.json"
+    meta.write_bytes(codecs.BOM_UTF8 + meta.read_bytes())
+    expected = load_data(prepared / "data/shakespeare_char")[0]
+    assert load_data(tmp_path / "data")[0] == expected
+
+
+@pytest.mark.parametrize(
+    "setting, hint",
+    [
+        ("input_file", "; a text is --input_file=story.txt"),
+        ("learning_rate", ""),
+        ("start", "; a text is --start=FILE:story.txt"),
+    ],
+)
+@pytest.mark.parametrize("text", ["It was a dark night.", "# nothing", "'a docstring'"])
+def test_a_text_in_the_place_of_a_config_file(setting, hint, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "story.txt").write_text(text)
+    with pytest.raises(SystemExit):
+        configurator.override({**GLOBALS, setting: ""}, ["story.txt"])
+    said = "story.txt: not a config file, which ends in .py (settings are --key=value)"
+    assert capsys.readouterr().err.endswith(f": {said}{hint}\n")
+
+
+# ---- the environment --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        {"WORLD_SIZE": "4"},
+        {"RANK": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "3", "MASTER_ADDR": "absent"},
+        {"WORLD_SIZE": "four"},
+    ],
+)
+def test_what_torchrun_sets_by_halves_is_not_heeded(half, monkeypatch):
+    whole = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    whole |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for env, expected in ((half, (False, 0, 1, True)), (whole, (True, 1, 4, False))):
+        with monkeypatch.context() as patch:
+            for name in whole:
+                patch.delenv(name, raising=False)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            importlib.reload(runtime)
+            found = runtime.DDP, runtime.RANK, runtime.WORLD_SIZE, runtime.MASTER
+            assert found == expected
+    importlib.reload(runtime)
+
+
+# ---- the log, and the best loss ---------------------------------------------
+
+
+def test_a_log_has_each_iteration_once(workplace):
+    """After a crash, and after a run that was finished and is made longer."""
+    args = (*TINY, "--max_iters=30", "--always_save_checkpoint=True")
+    succeed(workplace, "train.py", *args)
+    whole = [row["iter"] for row in evaluations(workplace / "out")]
+    ckpt = workplace / "out/ckpt.pt"
+    saved = torch.load(ckpt, weights_only=True)
+    succeed(workplace, "train.py", *args, "--init_from=resume", "--max_iters=40")
+    expected = [0, 10, 20, 30, 30, 40, 40]
+    assert [row["iter"] for row in evaluations(workplace / "out")] == expected
+    torch.save(saved, ckpt)  # as if the run had been killed before it saved again
+    with open(workplace / "out/log.jsonl", "a") as log:
+        log.write('{"iter": 50, "val_')
+    printed = succeed(workplace, "train.py", *args, "--init_from=resume", "--max_iters=40")
+    rows = evaluations(workplace / "out")
+    assert [row["iter"] for row in rows] == expected and "step 40: " in printed
+    assert [k for k, row in enumerate(rows) if "whole_val_loss" in row] == [4, 6]
+    succeed(workplace, "train.py", "--init_from=resume", "--device=cpu")  # nothing left to do
+    assert evaluations(workplace / "out") == rows and whole == expected[:5]
+
+
+@pytest.mark.parametrize("change", ["eval_iters", "batch_size", "block_size", "seed", "val", None])
+def test_a_best_loss_counts_only_where_it_was_measured(change, capsys):
+    settings = dict(eval_iters=2, batch_size=4, block_size=16, seed=1)
+    val = np.arange(99, dtype=np.uint16)
+    first, measured = checkpoint.best_so_far(checkpoint.NEW, settings, val)
+    run = {"best_val_loss": 0.5, "best_iter": 10, "measured": measured}
+    assert first == (math.inf, 0) and checkpoint.best_so_far(run, settings, val)[0] == (0.5, 10)
+    if change == "val":
+        val = val[::-1].copy()
+    elif change:
+        settings[change] += 1
+    best, now = checkpoint.best_so_far(run, settings, val)
+    assert (best, now != measured) == (((math.inf, 0), True) if change else ((0.5, 10), False))
+    assert ("its best starts anew" in capsys.readouterr().out) == bool(change)
+
+
+def test_a_run_that_goes_on_with_another_text_saves_its_best(prepared, tmp_path):
+    """Though the text before was easier."""
+    shutil.copytree(prepared / "data", tmp_path / "data")
+    saving = ("--always_save_checkpoint=False", "--device=cpu")
+    succeed(tmp_path, "train.py", *TINY, *saving)
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    state["best_val_loss"] = 0.5
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    folder, other = (tmp_path / "data" / name for name in ("shakespeare_char", "other"))
+    shutil.copytree(folder, other)
+    ids = (folder / "val.bin").read_bytes()
+    (other / "val.bin").write_bytes(ids[2000:] + ids[:2000])
+    args = ("--init_from=resume", "--max_iters=40", "--lr_decay_iters=0", *saving)
+    succeed(tmp_path, "train.py", *args)
+    assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["iter_num"] == 20
+    printed = succeed(tmp_path, "train.py", *args, "--dataset=other")
+    assert "measured on other data than before: its best starts anew" in printed
+    found = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert found["iter_num"] > 20 and found["best_val_loss"] > 0.5 and found["is_best"]
+
+
+# ---- several threads --------------------------------------------------------
+
+
+def test_one_model_in_several_threads(trained):
+    model, tokenizer = load(trained[0] / "whole", device="cpu")
+    prompts = [tokenizer.encode(text) for text in ("def ", "class A", "import torch\n", "x")] * 6
+
+    def sample(ids):
+        idx = torch.tensor([ids])
+        drawn = model.generate(idx, 60, generator=torch.Generator().manual_seed(len(ids)))
+        return drawn[0].tolist(), model.expert_masks, model(idx).logits
+
+    expected = [sample(ids) for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(sample, prompts)]
+    assert [text for text, *_ in found] == [text for text, *_ in expected]
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(found, expected, strict=True))
