@@ -127,7 +127,8 @@ def read(path: str | Path) -> dict[str, Any]:
         if version == 1:
             raise ValueError("it has format 1, which commit fd66022 reads")
         if version != FORMAT:
-            raise ValueError(f"its format is {version!r}: must be {FORMAT}")
+            said = f"its format is {version!r}: must be {FORMAT}"
+            raise ValueError("it has no format, as train.py writes" if version is None else said)
         if (saved := checkpoint.get("ablations", [])) != ABLATIONS:
             by = "run this by experiments/ablations.py"
             raise ValueError(f"its ablations are {saved}, here they are {ABLATIONS}: {by}")
@@ -200,9 +201,7 @@ def start_from(path: Path, settings: Settings) -> tuple[dict[str, Any] | None, P
         source = Path(settings["init_from"])
         source = source / "ckpt.pt" if source.is_dir() else source
         if not source.exists():
-            fail(
-                f"init_from={str(source)!r}: must be scratch, resume, or a run's folder or checkpoint"
-            )
+            fail(f"init_from={str(source)!r}: must be scratch, resume, or the path of a run")
         if source.parent.resolve() == path.parent.resolve():
             fail(f"out_dir={settings['out_dir']!r}: a new run from {source} needs another folder")
     try:

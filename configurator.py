@@ -9,7 +9,6 @@ Also what the scripts share without torch: errors in one line, text that cannot 
 import ast
 import os
 import re
-import signal
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -56,7 +55,10 @@ def override(script_globals: Mapping[str, Any], argv: list[str]) -> Settings:
             stream.reconfigure(errors="replace", line_buffering=True)
     settings = Settings(script_globals)
     if "--help" in argv or "-h" in argv:
-        print_help(script_globals, settings)
+        try:
+            print_help(script_globals, settings)
+        except BrokenPipeError:
+            reader_gone()
         sys.exit(0)
     given = [*read_arguments(argv, settings)]
     device = settings.get("device")
@@ -214,8 +216,6 @@ def check(name: Any, value: Any, settings: Settings, where: str) -> Any:
 
 def print_help(script_globals: Mapping[str, Any], settings: Settings) -> None:
     """Prints the script's docstring, and every setting as its source has it, comment included."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends like other programs
     print(script_globals["__doc__"].strip() + "\n\nSettings and their defaults:\n")
     names = set(settings)
     for line in Path(script_globals["__file__"]).read_text(encoding="utf-8").splitlines():
@@ -234,10 +234,11 @@ def pick_device(device: str) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        there = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-        there = ", ".join(["cpu", *["mps"] * torch.backends.mps.is_available(), *there])
-        reason = re.split(r"[.:,\n]", str(error))[0]
-        fail(f"device={device!r:.20}: {reason:.40}; there is {there}")
+        there = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+        there += [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+        works = device.partition(":")[0] in str(there)  # then the reason is another one
+        reason = str(error).splitlines()[0] if works else "is not there"
+        fail(f"device={device!r:.20}: {reason:.40}; this machine has {', '.join(there)}")
     return device
 
 
@@ -261,6 +262,14 @@ def fail(message: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     UNDO.close()
     sys.exit(2)
+
+
+def reader_gone() -> NoReturn:
+    """Ends the process quietly, as other programs do, where what reads its stdout, such as head,
+    reads no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written goes there
+    UNDO.close()
+    sys.exit(128 + 13)  # SIGPIPE, which Windows lacks
 
 
 def printable(text: str) -> str:

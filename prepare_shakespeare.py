@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import fail, override, read_text
+from configurator import fail, override, printable, read_text
 
 # -----------------------------------------------------------------------------
 input_file = ""  # the text, UTF-8; empty: Shakespeare, from disk or the network
@@ -74,10 +74,14 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self):
-        import tiktoken
-
         try:
+            import tiktoken
+
             return tiktoken.get_encoding("gpt2")
+        except ImportError as error:
+            raise OSError(
+                f"--tokenizer=gpt2 needs tiktoken: pip install tiktoken ({error})"
+            ) from None
         except Exception as error:  # whatever requests, or tiktoken's check of the files, raises
             reason = type(error).__name__
             raise OSError(
@@ -96,8 +100,10 @@ class Tokenizer:
 
     @property
     def prompt(self) -> str:
-        """A text to start from: a line end, or where there is none the first character."""
-        return "\n" if self.kind != "char" or "\n" in self.chars else self.chars[0]
+        """A text to start from: a line end, or where there is none the first character that can be
+        written in a command."""
+        shown = (char for char in self.chars if printable(char) == char)
+        return "\n" if self.kind != "char" or "\n" in self.chars else next(shown, self.chars[0])
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; ValueError names a character that the vocabulary lacks."""
@@ -157,11 +163,11 @@ def prepare(
     if coder and (lacking := set(chars) - set(coder.chars)):
         char = max(sorted(lacking), key=text.count)
         times, line = text.count(char), text.count("\n", 0, text.index(char)) + 1
-        others = len(lacking) - 1
+        others = "".join(sorted(lacking - {char}))
         raise ValueError(
             f"{source}: the vocabulary has no {char!r}, which comes {times:,} times, first in line "
-            f"{line:,}{f', nor {others} others' if others else ''}; replace it, or use "
-            "--tokenizer=byte for both texts"
+            f"{line:,}{f', nor these: {others[:60]!r}' if others else ''}; replace what it has "
+            "not, or use --tokenizer=byte for both texts"
         )
     coder = coder or Tokenizer(kind, chars)
     split = int(0.9 * len(text))
@@ -283,7 +289,7 @@ def find_text(path: str, folder: Path) -> tuple[bytes, str]:
     for fetch in (fetch_tinyshakespeare, fetch_complete_works):
         try:
             raw = fetch()
-        except OSError as error:
+        except (OSError, ImportError) as error:  # the latter: requests is not installed, or broken
             print(f"  not to be had: {error}")
             continue
         write_atomically({saved: raw})
@@ -356,12 +362,14 @@ def clean(work: str) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without a traceback
     settings = override(globals(), sys.argv[1:])
     try:
         coder = None
-        if settings["vocabulary_of"]:
-            coder = load_data(Path(settings["vocabulary_of"]))[0]
+        if folder := settings["vocabulary_of"]:
+            if not Path(folder, "meta.json").exists():
+                such = "must be a data set's folder, such as data/shakespeare_char"
+                raise ValueError(f"vocabulary_of={folder!r}: {such}")
+            coder = load_data(Path(folder))[0]
             if not settings["dataset"]:
                 raise ValueError("vocabulary_of: needs a name for the new data set: --dataset=NAME")
             if "tokenizer" in settings.where and settings["tokenizer"] != coder.kind:
@@ -371,3 +379,5 @@ if __name__ == "__main__":
         prepare(settings["tokenizer"], settings["input_file"], settings["dataset"], coder)
     except (ValueError, OSError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

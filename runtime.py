@@ -231,30 +231,11 @@ def lock_folder(settings: dict[str, Any]) -> None:
 
 
 def compiler_works(device: str) -> bool:
-    """Whether torch.compile works here; where it does not, a line says why."""
+    """Whether torch.compile works here; where it does not, a line on stderr says why."""
     try:
         torch.compile(torch.cos)(torch.ones(64, device=device))
         return True
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        print(f"compile=True: does not work here ({reason:.200}); goes on without")
-        return False
-
-
-def track(settings: dict[str, Any], row: dict[str, float] | None = None) -> None:
-    """Begins a run at wandb where that is asked for, or gives it a row. Where it fails a line says
-    why, and the run goes on without: log.jsonl has all rows."""
-    if not MASTER or not settings["wandb_log"]:
-        return
-    try:
-        import wandb
-
-        if row is None:
-            names = dict(project=settings["wandb_project"], name=settings["wandb_run_name"])
-            wandb.init(**names, config=dict(settings))
-        else:
-            wandb.log(row)
-    except Exception as error:
-        settings["wandb_log"] = False
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        print(f"wandb_log=True: wandb does not work here ({reason}); only log.jsonl gets the rows")
+        print(f"compile=True: goes on without ({reason:.200})", file=sys.stderr)
+        return False

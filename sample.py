@@ -25,6 +25,7 @@ from configurator import (
     pick_dtype,
     printable,
     read_text,
+    reader_gone,
 )
 from model import compile_step
 from view import in_colour, see, write_html
@@ -104,6 +105,10 @@ try:
     tokenizer.encode(stop)  # which a vocabulary that lacks a character of it could never write
 
     if compile:
+        from runtime import compiler_works  # here, since it takes a while
+
+        compile = compiler_works(device)
+    if compile:
         compile_step(model, options={"cpp_wrapper": device == "cpu"})  # calls the graph sooner
     samples = [Sample(ids) for _ in range(num_samples)]
     as_it_comes = num_samples == 1 and not show_experts
@@ -140,6 +145,8 @@ try:
         print(f"{html}: written; open it in a browser", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(130 if interrupted else 0)
+except BrokenPipeError:
+    reader_gone()
 except (ValueError, OSError) as error:
     fail(str(error).partition("\n")[0])
 except (RuntimeError, MemoryError) as error:

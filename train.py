@@ -31,7 +31,7 @@ from model import ModelConfig, ParallelEncoderDecoder, evaluation
 from muon import Muon, configure_optimizers, gather, grad_norm, restore
 from prepare_shakespeare import consecutive_windows, load_data, prepare_missing
 from runtime import DDP, MASTER, RANK, WORLD_SIZE, agree, end_run
-from view import append_row, estimate_mfu, expert_statistics, start_log
+from view import append_row, estimate_mfu, expert_statistics, start_log, track
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -237,7 +237,7 @@ def log_row(row: dict[str, float | list]) -> None:
     if MASTER:
         with runtime.writing(log := path.with_name("log.jsonl")):
             append_row(log, row)
-        runtime.track(settings, {name: float(np.mean(value)) for name, value in row.items()})
+        track(settings, row)
 
 
 def log_iteration(logged: torch.Tensor) -> None:
@@ -273,8 +273,8 @@ iter_num, start_seconds = run["iter_num"], run["seconds"]
 best, measured = checkpoint.best_so_far(run, settings, data["val"])  # best: loss, iteration
 saved_is_best, decisions = run["is_best"], run.get("decisions")  # which experts were on
 resumed_at = saved_iter = iter_num if resumes and not eval_only else -1
-runtime.track(settings)
 if MASTER and not eval_only:
+    track(settings)
     with runtime.writing(path):
         start_log(path.parent, iter_num if resumes else None)
 size = f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}"

@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import os
+import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +65,27 @@ def append_row(path: Path, row: dict[str, float | list]) -> None:
         with suppress(OSError):  # where not even the file could be made
             os.truncate(path, before)  # no half a line
         raise
+
+
+def track(settings: dict[str, Any], row: dict[str, Any] | None = None) -> None:
+    """Begins a run at wandb where that is asked for, or gives it a row. Where that fails a line on
+    stderr says why, and the run goes on: log.jsonl has all rows."""
+    if not settings["wandb_log"]:
+        return
+    try:
+        import wandb
+
+        if row is None:
+            names = dict(project=settings["wandb_project"], name=settings["wandb_run_name"])
+            wandb.init(**names, config=dict(settings))
+        else:
+            wandb.log({name: float(np.mean(value)) for name, value in row.items()})
+    except Exception as error:
+        settings["wandb_log"] = False
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        lacks = isinstance(error, (ImportError, AttributeError))  # the latter of a folder wandb/
+        advice = "; try pip install wandb" * lacks
+        print(f"wandb_log=True: goes on without ({reason:.200}){advice}", file=sys.stderr)
 
 
 def start_log(folder: Path, resumed_at: int | None) -> None:

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
+from configurator import reader_gone  # noqa: E402
 from model import Context, Mask, attend, stacked, tail  # noqa: E402
 
 Classes = tuple[type, ...]
@@ -411,9 +412,12 @@ def usage(name: str) -> str:
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("--help", "-h"):
-        print(__doc__)
-        for name, ablation in ABLATIONS.items():
-            print(f"{usage(name)}\n{textwrap.indent(inspect.getdoc(ablation), '    ')}")
+        try:
+            print(__doc__)
+            for name, ablation in ABLATIONS.items():
+                print(f"{usage(name)}\n{textwrap.indent(inspect.getdoc(ablation), '    ')}")
+        except BrokenPipeError:
+            reader_gone()
         return
     named = [argv.pop(0)]
     while argv and argv[0].endswith(")"):

@@ -6,11 +6,15 @@ import json
 import math
 import os
 import pty
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +29,7 @@ from common import (
     OFFLINE,
     ROOT,
     TINY,
+    call,
     evaluations,
     run,
     start,
@@ -32,6 +37,7 @@ from common import (
     succeed,
 )
 from prepare_shakespeare import load_data
+from view import track
 
 GLOBALS = {"__doc__": "", "__file__": __file__, "out_dir": "out", "name": "a", "device": "cpu"}
 GLOBALS["PATHS"] = ("out_dir",)
@@ -208,6 +214,212 @@ def test_what_torchrun_sets_by_halves_is_not_heeded(half, monkeypatch):
             found = runtime.DDP, runtime.RANK, runtime.WORLD_SIZE, runtime.MASTER
             assert found == expected
     importlib.reload(runtime)
+
+
+BROKEN = {
+    "ImportError: no libwandb": "raise ImportError('no libwandb')",
+    "AttributeError: module 'wandb' has no attribute 'init'": None,  # a folder of that name
+    "ValueError: no api_key": "def init(**how): raise ValueError('no api_key')",
+    "ConnectionError: no network": "def init(**how): pass\n"
+    "def log(row): raise ConnectionError('no network\\nand more')",
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_a_run_goes_on_without_a_wandb_that_does_not_work(reason, tmp_path, monkeypatch, capsys):
+    source = BROKEN[reason]
+    if source is None:
+        (tmp_path / "wandb").mkdir()
+    else:
+        (tmp_path / "wandb.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    settings = dict(wandb_log=True, wandb_project="p", wandb_run_name="r")
+    track(settings)
+    for k in range(3):
+        track(settings, {"iter": k, "experts_on": [0.5, 1.0]})
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    advice = "; try pip install wandb" * reason.startswith(("ImportError", "AttributeError"))
+    said = f"wandb_log=True: goes on without ({reason}){advice}\n"
+    assert capsys.readouterr().err == said and not settings["wandb_log"]
+
+
+def test_wandb_gets_the_settings_and_the_rows(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(
+        "rows = []\ndef init(**how): rows.append(how)\ndef log(row): rows.append(row)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    settings = dict(wandb_log=True, wandb_project="p", wandb_run_name="r")
+    track(settings)
+    track(settings, {"iter": 3, "experts_on": [0.5, 1.0]})
+    rows = sys.modules.pop("wandb").rows
+    assert rows == [dict(project="p", name="r", config=settings), {"iter": 3, "experts_on": 0.75}]
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_where_compiling_does_not_work_a_run_goes_on_without(
+    script, trained, workplace, monkeypatch, capsys
+):
+    def compile(model, **how):
+        raise RuntimeError("No working C++ compiler found\n" + "a traceback\n" * 84)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.chdir(workplace)
+    shutil.copytree(trained[0] / "whole", workplace / "whole")
+    of_sample = ("--out_dir=whole", "--device=cpu", "--num_samples=1", "--max_new_tokens=20")
+    args = ("--max_iters=1",) if script == "train.py" else of_sample
+    assert call(*args, script=script, tiny=script == "train.py") == 0
+    plain = capsys.readouterr().out
+    assert call(*args, "--compile", script=script, tiny=script == "train.py") == 0
+    printed = capsys.readouterr()
+    said = "compile=True: goes on without (RuntimeError: No working C++ compiler found)\n"
+    assert printed.err == said and plain.splitlines()[-1] == printed.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["tiktoken", "requests"])
+def test_a_package_that_does_not_work_is_said_in_one_line(name, tmp_path, monkeypatch, capsys):
+    """To prepare a text it needs neither of them."""
+    (tmp_path / f"{name}.py").write_text("raise ImportError('no such symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    (tmp_path / "a.txt").write_text("to be or not to be " * 9)
+    args = ("--tokenizer=gpt2", "--input_file=a.txt") if name == "tiktoken" else ()
+    assert call(*args, script="prepare_shakespeare.py", tiny=False) == 2
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1
+    assert "no such symbol" in (printed.err if name == "tiktoken" else printed.out)
+    args = ("--input_file=a.txt", "--dataset=mine")
+    assert call(*args, script="prepare_shakespeare.py", tiny=False) == 0
+    assert (tmp_path / "data/mine/meta.json").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "cuda:7", "xpu", "a" * 99])
+def test_a_device_that_is_not_there(device, capsys):
+    if device.startswith("cuda") and torch.cuda.is_available() or device == "mps":
+        torch.backends.mps.is_available() and pytest.skip("it is there")
+    with pytest.raises(SystemExit):
+        configurator.pick_device(device)
+    line = capsys.readouterr().err
+    assert f"device={device!r:.20}: " in line and "; this machine has cpu" in line
+    assert len(line.partition(": ")[2]) <= 101 and line.count("\n") == 1
+
+
+# ---- inside a process, as a notebook's --------------------------------------
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+
+
+def state_of_process():
+    handlers = [signal.getsignal(n) for n in SIGNALS]
+    precision = torch.get_float32_matmul_precision()
+    return [*handlers, sys.excepthook, sys.stdout, sys.stderr, precision, os.getcwd()]
+
+
+@pytest.mark.parametrize(
+    "script, args, status",
+    [
+        ("train.py", ("--max_iters=2",), 0),
+        ("train.py", ("--n_head=3",), 2),
+        ("train.py", ("--max_iters=2", "--eval_interval=1", "--learning_rate=1e30"), 2),
+        ("train.py", ("--dataset=absent",), 2),
+        ("train.py", ("--no_such=1",), 2),
+        ("train.py", LONG, 130),
+        ("train.py", ("--help",), 0),
+        ("sample.py", ("--out_dir=whole", "--max_new_tokens=5", "--device=cpu"), 0),
+        ("sample.py", ("--out_dir=absent",), 2),
+        ("prepare_shakespeare.py", ("--input_file=absent",), 2),
+    ],
+)
+def test_a_script_leaves_its_process_as_it_was(
+    script, args, status, trained, workplace, monkeypatch
+):
+    """Twice, and then another run writes to the same folder."""
+    monkeypatch.chdir(workplace)
+    shutil.copytree(trained[0] / "whole", workplace / "whole")
+    before = state_of_process()
+    for _ in range(2):
+        if status == 130:
+            log = workplace / "out/log.jsonl"
+            log.unlink(missing_ok=True)
+            threading.Thread(target=interrupt, args=(log,)).start()
+        assert call(*args, script=script, tiny=script == "train.py") == status
+        assert state_of_process() == before
+    assert call("--max_iters=1") == 0
+    assert state_of_process() == before
+
+
+def interrupt(log):
+    """Presses Ctrl-C, as it were, when the log has its first row."""
+    while not log.exists():
+        threading.Event().wait(0.002)
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("script", ["train.py --help", "sample.py --help", "sample.py"])
+def test_a_reader_that_goes_away_ends_a_script_quietly(script, trained):
+    """As head does."""
+    name, *args = script.split()
+    args = args or ["--out_dir=whole", "--device=cpu", "--max_new_tokens=9"]
+    reads, writes = os.pipe()
+    os.close(reads)
+    with tempfile.TemporaryFile() as errors, open(writes, "wb") as nowhere:
+        process = start(trained[0], name, *args, output=(nowhere, errors))
+        assert process.wait(60) == 128 + signal.SIGPIPE
+        errors.seek(0)
+        assert errors.read() == b""
+
+
+def test_after_an_exception_the_next_run_starts_and_ctrl_c_works(workplace, monkeypatch):
+    """Which a notebook shows itself: nothing can put the process in order before the next run."""
+    monkeypatch.chdir(workplace)
+    before = state_of_process()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grads_with_norm_", None)
+        with pytest.raises(TypeError):
+            call()
+    assert call("--max_iters=1") == 0
+    assert state_of_process() == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+# ---- advice -----------------------------------------------------------------
+
+
+def test_the_commands_that_train_py_prints_work_from_where_it_was_called(tmp_path, text):
+    """From another folder, on a text without a line end, whose first characters show nothing."""
+    (tmp_path / "a.txt").write_text("\r\x07 to be or not to be, " * 99, newline="")
+    args = ("--input_file=a.txt", "--dataset=my text")
+    succeed(tmp_path, "prepare_shakespeare.py", *args)
+    args = (*TINY, "--dataset=my text", "--out_dir=it's mine")
+    more = succeed(tmp_path, "train.py", *args).splitlines()[-1].removeprefix("More of it: python ")
+    script, *given = shlex.split(more)
+    assert given == ["--out_dir=it's mine", "--start= "]
+    assert Path(script) == ROOT / "sample.py"
+    assert "to" in succeed(tmp_path, "sample.py", *given, "--max_new_tokens=90", "--device=cpu")
+
+
+@pytest.mark.parametrize(
+    "argv, orig, ablations, expected",
+    [
+        ("../a/train.py c.py", "python3 -u ../a/train.py c.py", [], "python3 ../a/train.py c.py"),
+        ("train.py --init_from=a --out_dir=b", "/usr/bin/python train.py", [],
+         "/usr/bin/python train.py --out_dir=b"),
+        ("train.py c.py --init_from=resume", "python experiments/ablations.py", ["serial()"],
+         "python experiments/ablations.py 'serial()' train.py c.py"),
+    ],
+)  # fmt: skip
+def test_the_command_to_resume(argv, orig, ablations, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", argv.split())
+    monkeypatch.setattr(sys, "orig_argv", orig.split())
+    monkeypatch.setattr(runtime, "ABLATIONS", ablations)
+    assert runtime.command_to_resume() == f"{expected} --init_from=resume"
 
 
 # ---- the log, and the best loss ---------------------------------------------

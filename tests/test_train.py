@@ -200,7 +200,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one(fails, workplace):
         (("--init_from=resume", "--out_dir=absent"), "absent/ckpt.pt: there is no checkpoint"),
         (
             ("--init_from=gpt2",),
-            "init_from='gpt2': must be scratch, resume, or a run's folder or checkpoint",
+            "init_from='gpt2': must be scratch, resume, or the path of a run",
         ),
         (("--device=tpu",), "device='tpu': "),
         (("--optimizer=sgd",), "optimizer='sgd': must be one of muon, adamw"),
