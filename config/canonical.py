@@ -8,5 +8,5 @@ lateral = False
 decoder_self_attention = True
 shared_kv = False
 
-on_cuda = {"n_embd": 366}
+on_cuda = {"n_embd": 360, "position_embedding": "learned", "qk_norm": False, "token_shift": False}
 on_cpu = {"n_embd": 76, "max_iters": 3000}

@@ -6,5 +6,12 @@ wandb_run_name = "decoder-only"
 
 arch = "decoder_only"
 
-on_cuda = {"n_layer": 6, "n_embd": 396}
+on_cuda = {
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "position_embedding": "rotary",
+    "qk_norm": True,
+    "token_shift": True,
+}
 on_cpu = {"n_layer": 3, "n_head": 3, "n_embd": 96, "max_iters": 3650}

@@ -1,0 +1,41 @@
+"""Tests of experiments/bench_gpu.py: its smoke test on a CPU, with tiny models."""
+
+import json
+
+from common import OFFLINE, succeed
+
+LEAN, GPT, GPT2 = "lean, shared_kv", "GPT", "Hugging Face GPT-2"
+SAME = {"lean, in series", "lean, two streams"}  # its weights, in another order
+
+
+def rows_of(result, *names):
+    """The rows of a part, by the values of the columns."""
+    assert result["failed"] is None and not result["left_out"], result
+    return {tuple(row[name] for name in names): row for row in result["rows"]}
+
+
+def test_its_rows_make_sense(tmp_path):
+    out = tmp_path / "out.json"
+    args = ("--quick", "step", "decode", f"--out={out}")
+    hidden = {**OFFLINE, "CUDA_VISIBLE_DEVICES": ""}
+    printed = succeed(tmp_path, "experiments/bench_gpu.py", *args, env=hidden)
+    results = json.loads(out.read_text("utf-8"))
+    assert set(results) == {"step", "decode"} and "failed" not in printed
+    step = rows_of(results["step"], "model", "how")
+    trained = {GPT, LEAN, f"{LEAN}, 16 experts", f"{LEAN}, Muon", GPT2}
+    assert set(step) == {(name, "eager") for name in trained} | {(LEAN, "compiled")}
+    decode = rows_of(results["decode"], "model", "way", "texts", "C")
+    assert {(name, "eager", 4, 64) for name in (LEAN, GPT, "GPT, GQA", GPT2)} < set(decode)
+    for way in ("graph", "graph, fixed length"):
+        assert {(n, way, 1, 64) for n in (LEAN, GPT, "serial()", *SAME)} < set(decode)
+    assert (LEAN, "compiled, graph", 1, 64) in decode
+    sizes = {}
+    for result in results.values():
+        assert result["gemm_peak"] > 0 and result["memory_bandwidth"] > 0
+        for row in result["rows"]:
+            assert row["ms"] > 0 and min(row["seconds"]) > 0 and row.get("error", 0) < 0.05
+            key = (result["wall_seconds"], row["C"])
+            if row["model"] != "serial()":
+                sizes.setdefault(key, []).append(row["parameters"])
+    for parameters in sizes.values():
+        assert max(parameters) < 1.1 * min(parameters)
