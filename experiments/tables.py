@@ -164,6 +164,25 @@ def training(size: str) -> str:
     ))  # fmt: skip
 
 
+def gpu(part: str) -> str:
+    """Training steps, or prompts and tokens decoded eagerly, from bench_gpu.py."""
+    rows = read("bench_gpu.json")[part]["rows"]
+    if part == "step":
+        heads = "width | model | | parameters: | ms a step: | speed: | of GEMM peak: | MiB:"
+        return markdown(heads, (
+            (f"{row['C']}", row["model"], row["how"], millions(row), f"{row['ms']:.1f}",
+             f"{row['speed']:.2f}", percent(row["share_of_gemm_peak"]),
+             f"{row['peak_memory_mib']:,.0f}")
+            for row in rows
+        ))  # fmt: skip
+    behind = "prompt" if part == "prompt" else "behind"
+    return markdown(f"width | model | parameters: | texts: | {behind}: | ms: | speed:", (
+        (f"{row['C']}", row["model"], millions(row), f"{row['texts']}", f"{row[behind]:,}",
+         f"{row['ms']:.2f}", f"{row['speed']:.2f}")
+        for row in rows
+    ))  # fmt: skip
+
+
 def speeds(part: str) -> dict[tuple[str, ...], list[dict]]:
     """The rows of a part of bench_inference.py, by what the rows of its table begin with."""
     found: dict[tuple[int, str], list[dict]] = {}
@@ -401,6 +420,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "training, 384 wide": lambda: training("C=384"),
     "training, 128 wide, deep": lambda: training("C=128, deep"),
     "training, 384 wide, deep": lambda: training("C=384, deep"),
+    "gpu, step": lambda: gpu("step"),
+    "gpu, prompt": lambda: gpu("prompt"),
+    "gpu, decode": lambda: gpu("decode"),
     "prompt": prompt,
     "decoding": decoding,
     "texts": texts,

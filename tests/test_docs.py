@@ -67,8 +67,8 @@ def test_the_index_names_each_question():
     rows = [line for line in index.splitlines() if line.startswith("| `")]
     named = {re.match(r"\| `([^`]+)`", row)[1] for row in rows}
     lines = (ROOT / "experiments/results.jsonl").read_text(encoding="utf-8").splitlines()
-    benchmarks = {"bench_training", "bench_inference", "faults", "recipe/search", "probes"}
-    assert named == {json.loads(line)["question"] for line in lines} | benchmarks
+    benchmarks = {"bench_training", "bench_inference", "bench_gpu", "faults", "recipe/search"}
+    assert named == {json.loads(line)["question"] for line in lines} | benchmarks | {"probes"}
     known = {question.__name__ for question in tables.QUESTIONS}
     assert {json.loads(line)["question"] for line in lines} <= known
 
