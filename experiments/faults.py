@@ -3,9 +3,13 @@
     python experiments/faults.py        about twenty minutes; writes experiments/faults.json
 
 One run is ended again and again, at random moments, and resumed each time: killed (kill -9) while
-it trains and while it writes a checkpoint, stopped by SIGINT and SIGTERM, and by a disk that is
-full. Lost is what leaves no whole checkpoint, or none as new as the last one that was there; and in
-the end the run's losses and weights must be those of a run that was left alone, bit for bit. Of a
+it trains and while it writes a checkpoint, stopped by SIGINT, SIGTERM and SIGHUP, by a reader of
+its output that goes away, and by a disk that is full. Lost is what leaves no whole checkpoint, or
+none as new as the last one that was there; and in the end the run's losses and weights must be
+those of a run that was left alone, bit for bit, with each iteration once in its log. A disk is also
+full from one of the writes on, any of them, of a run that begins, evaluates, saves and closes. Runs
+go on with another text on which they do worse: lost, where the best checkpoint is not of that text.
+Of a
 thousand damaged checkpoints, meta.json and .bin files each, those are lost that fail with more than
 one line, and checkpoints that are taken with other weights; a token that became another one cannot
 be told. Of a thousand checkpoints whose checksums are right, but of whose values one is another, or
@@ -44,8 +48,11 @@ ENDS = {
     "kill -9 while it writes a checkpoint": 50,
     "SIGINT": 25,
     "SIGTERM": 25,
+    "SIGHUP": 25,
+    "a reader that goes away": 25,
     "a full disk": 25,
 }
+WRITES, FAILING = 842, 50  # the writes of a short run, and how many of them are made to fail
 MUTATIONS = 1000
 ITERS = 6000
 SETTINGS = (
@@ -59,7 +66,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def start(folder: Path, *args: str, **how: Any) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *SETTINGS, *args]
     output = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **output, **how)
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **output | how)
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -82,7 +89,11 @@ def end(kind: str, folder: Path, rng: random.Random) -> bool:
         said = finish(start(folder, *args, preexec_fn=limit), status=2)
         whole = not before or load_checkpoint(ckpt)[1]["iter_num"] == before
         return not whole or len(said.splitlines()) != 1
-    process = start(folder, *args)
+    how = {}
+    if kind == "a reader that goes away":
+        args.append("--log_interval=1")
+        how["stdout"] = subprocess.PIPE
+    process = start(folder, *args, **how)
     while process.poll() is None:  # until it has saved once, so that the run goes on
         if ckpt.exists() and ckpt.stat().st_mtime_ns > at:
             break
@@ -94,11 +105,15 @@ def end(kind: str, folder: Path, rng: random.Random) -> bool:
         time.sleep(rng.random() * 0.002)
     else:
         time.sleep(rng.random() * 0.1)
-    number, status = {"SIGINT": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}.get(
-        kind, (signal.SIGKILL, -signal.SIGKILL)
-    )
-    if process.poll() is None:
-        process.send_signal(number)
+    if kind == "a reader that goes away":
+        process.stdout.close()
+        process.stdout, status = None, 128 + signal.SIGPIPE
+    else:
+        asks = kind.startswith("SIG")
+        number = getattr(signal, kind) if asks else signal.SIGKILL
+        status = 128 + number if asks else -number
+        if process.poll() is None:
+            process.send_signal(number)
     finish(process, status)
     if (best := ckpt.with_name("ckpt_best.pt")).exists():
         load_checkpoint(best)  # raises where it is not whole
@@ -120,14 +135,83 @@ def end_while_it_trains(folder: Path, rng: random.Random) -> dict[str, Counter]:
     return counts
 
 
-def figures(folder: Path) -> dict[int, dict]:
-    """What a run logged but the time that it took, by iteration; what came last counts."""
-    rows = {}
-    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        del row["seconds"]
-        rows.setdefault(row["iter"], {}).update(row)
-    return rows
+def figures(folder: Path) -> list[dict]:
+    """What a run logged but the time that it took, row by row."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+FAILING_WRITE = """
+import builtins, errno, os, runpy, sys
+left, real = int(os.environ["WRITE"]), os.fsync
+class Full:
+    def __init__(self, file): self.file = file
+    def __getattr__(self, name): return getattr(self.file, name)
+    def __enter__(self): return self
+    def __exit__(self, *how): return self.file.__exit__(*how)
+    def write(self, data):
+        global left
+        left -= 1
+        if left < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+def opened(path, mode="r", *args, real=open, **how):
+    file = real(path, mode, *args, **how)
+    return Full(file) if "out" in str(path) and set(mode) & set("wa") else file
+builtins.open = opened
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def fill_the_disk(folder: Path, rng: random.Random) -> Counter:
+    """Of a short run some write to out_dir is the first that fails; it must end with one line, what
+    it saved before must be whole, and from there it must come to the usual end."""
+    counts, settings = Counter(tried=0, lost=0), ("--max_iters=20", "--eval_interval=10")
+    finish(start(folder, "--out_dir=outwhole", *settings))
+    expected = torch.load(folder / "outwhole/ckpt.pt", weights_only=True)["model"]
+    for k in sorted({0, 1, WRITES - 1, *rng.sample(range(WRITES), FAILING - 3)}):
+        out, script = folder / f"out{k}", str(ROOT / "train.py")
+        command = [sys.executable, "-c", FAILING_WRITE, script, *SETTINGS, *settings]
+        command.append(f"--out_dir={out.name}")
+        env = {**ENVIRONMENT, "WRITE": str(k), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        counts["tried"] += 1
+        if done.returncode == 0:  # it has fewer writes
+            counts["not reached"] += 1
+            continue
+        counts["lost"] += done.returncode != 2 or len(done.stderr.splitlines()) != 1
+        args = ["--init_from=resume"] if (out / "ckpt.pt").exists() else []
+        finish(start(folder, f"--out_dir={out.name}", *settings, *args))
+        found = torch.load(out / "ckpt.pt", weights_only=True)["model"]
+        same = all(torch.equal(found[name], expected[name]) for name in expected)
+        counts["lost"] += not same or [row["iter"] for row in figures(out)] != [0, 10, 20, 20]
+    return counts
+
+
+def go_on_with_another_text(folder: Path, rng: random.Random) -> Counter:
+    """A run goes on with harder texts, and keeps its best checkpoint alone: there must be one of
+    the new text, though its loss is above that on the old one."""
+    counts = Counter(tried=0, lost=0)
+    how = ("--max_iters=20", "--eval_interval=10", "--always_save_checkpoint=False")
+    finish(start(folder, "--out_dir=easy", *how))
+    chars = load_data(folder / "data/shakespeare_char")[0].chars
+    for k in range(10):
+        text = "".join(rng.choices(chars, k=5000))
+        (folder / "hard.txt").write_text(text, encoding="utf-8", newline="")
+        vocabulary = "--vocabulary_of=data/shakespeare_char"
+        command = [sys.executable, str(ROOT / "prepare_shakespeare.py"), "--input_file=hard.txt"]
+        quiet = dict(cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, f"--dataset=hard{k}", vocabulary], **quiet)
+        shutil.copytree(folder / "easy", folder / f"hard{k}")
+        best = load_checkpoint(folder / "easy/ckpt.pt")[1]["best_val_loss"]
+        to = (f"--out_dir=hard{k}", f"--dataset=hard{k}", "--init_from=resume")
+        finish(start(folder, *how, *to, "--max_iters=40"))
+        saved = load_checkpoint(folder / f"hard{k}/ckpt.pt")[1]
+        rows = [row for row in figures(folder / f"hard{k}") if row["iter"] > 20]
+        losses = [row["val_loss"] for row in rows if "val_loss" in row]
+        kept = saved["iter_num"] > 20 and saved["best_val_loss"] == min(losses) > best
+        counts.update(tried=1, lost=int(not kept))
+    return counts
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
@@ -253,6 +337,8 @@ def main() -> None:
             tried=1, lost=int(not same)
         )
 
+        results["a disk that is full from some write on"] = fill_the_disk(folder, rng)
+        results["another text to go on with"] = go_on_with_another_text(folder, rng)
         path = folder / "alone/ckpt.pt"
         results["damaged checkpoint"] = try_damaged(
             path,

@@ -135,17 +135,15 @@ def test_a_text_with_the_vocabulary_of_another(tmp_path, monkeypatch):
     Path("b.txt").write_text("the rest is silence\n" * 9)
     first, _ = load_data(prepare("char", "a.txt", "a"))
     args = ("--input_file=b.txt", "--dataset=b", "--vocabulary_of=data/a")
-    said = (
-        "b.txt: the vocabulary has no 'c', which comes 9 times, first in line 1, nor these: 'l'; "
-    )
-    said += "replace what it has not, or use --tokenizer=byte for both texts"
+    said = "b.txt: the vocabulary has no 'c', which comes 9 times, first in line 1, nor these: "
+    said += "'l'; replace what it has not, or use --tokenizer=byte for both texts"
     fails_with(said, tmp_path, "prepare_shakespeare.py", *args)
     Path("b.txt").write_text("the rest is not\nto be\n" * 9)
     succeed(tmp_path, "prepare_shakespeare.py", *args)
     second, data = load_data(Path("data/b"))
     assert second == first and first.decode(data["train"]).startswith("the rest is not\nto be")
     for more, said in (
-        ("--vocabulary_of=data/absent", "data/absent: .*No such file"),
+        ("--vocabulary_of=data/absent", "vocabulary_of=.data/absent.: must be a data set.s folder"),
         ("--dataset=", "vocabulary_of: needs a name for the new data set"),
         ("--tokenizer=byte", "vocabulary_of: is of tokenizer=char; leave --tokenizer out"),
     ):
