@@ -89,7 +89,8 @@ def test_commands_and_code_run(name, prepared, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "config", tmp_path / "config")
     for code in blocks("docs/settings.md", "python"):  # the config file that it shows
         (tmp_path / "config/longer.py").write_text(code, "utf-8")
-    shutil.copy(ROOT / "README.md", tmp_path)
+    for text in ("README.md", "LICENSE"):
+        shutil.copy(ROOT / text, tmp_path)
     lines = "".join(blocks(name, "sh")).replace("\\\n", " ").splitlines()
     commands = [shlex.split(command) for line in lines for command in line.split(" && ")]
     assert len(commands) > 3
