@@ -50,6 +50,8 @@ def override(script_globals: Mapping[str, Any], argv: list[str]) -> Settings:
     """The settings after the arguments: config files, --key=value, --key value, or --key alone for
     True, in order; the last one wins. A mistake ends the process with one line."""
     UNDO.close()  # of a script before, that an exception ended
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # None where it is closed
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what cannot be shown is replaced; lines come soon
             stream.reconfigure(errors="replace", line_buffering=True)

@@ -268,7 +268,7 @@ def not_finite(what: str, loss: float, may_pass: bool = False) -> None:
 
 
 # Where the run is: at its start, or where the checkpoint has it.
-run = saved if resumes else checkpoint.NEW
+run = checkpoint.NEW | (saved if saved and (resumes or eval_only) else {})
 iter_num, start_seconds = run["iter_num"], run["seconds"]
 best, measured = checkpoint.best_so_far(run, settings, data["val"])  # best: loss, iteration
 saved_is_best, decisions = run["is_best"], run.get("decisions")  # which experts were on

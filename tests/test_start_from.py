@@ -53,6 +53,14 @@ def test_a_new_run_begins_with_the_weights_of_another(source, place, monkeypatch
     assert {path.name: path.read_bytes() for path in (place / "a").iterdir()} == before
 
 
+def test_another_run_is_evaluated(place, capsys):
+    args = ("--init_from=a", "--eval_only", "--dataset=mine", "--device=cpu")
+    assert call(*args, tiny=False) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^step 20: .*\nwhole validation .*, after 20 iterations, ", printed, re.M)
+    assert not (place / "out").exists()
+
+
 def test_a_new_run_takes_training_settings_from_a_config_file_but_no_sizes(place, capsys):
     """A key that names a size is a mistake; what is not of the model may be set by either."""
     config = place / "mine.py"

@@ -374,6 +374,15 @@ def test_a_reader_that_goes_away_ends_a_script_quietly(script, trained):
         assert errors.read() == b""
 
 
+@pytest.mark.parametrize("closed", [(1,), (1, 2), (0, 1, 2)])
+def test_closed_streams_lose_nothing(closed, workplace):
+    """As by >&- in a shell, or where a program without a console starts it."""
+    close = partial(list, map(os.close, closed))
+    done = run(workplace, "train.py", *TINY, "--max_iters=5", first=close, fresh=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert torch.load(workplace / "out/ckpt.pt", weights_only=True)["iter_num"] == 5
+
+
 def test_after_an_exception_the_next_run_starts_and_ctrl_c_works(workplace, monkeypatch):
     """Which a notebook shows itself: nothing can put the process in order before the next run."""
     monkeypatch.chdir(workplace)
