@@ -1,5 +1,6 @@
 """Tests of new runs that begin with the weights of another one, and of runs on small texts."""
 
+import re
 import shutil
 import signal
 import threading
