@@ -278,7 +278,7 @@ if MASTER and not eval_only:
     with runtime.writing(path):
         start_log(path.parent, iter_num if resumes else None)
 size = f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}"
-times = f", the text {max_iters * tokens_per_iter / len(data['train']):.1f} times"
+times = f", reads the text {max_iters * tokens_per_iter / len(data['train']):.1f} times"
 print(f"{size}, {tokens_per_iter:,} tokens per iteration{'' if max_seconds else times}")
 estimate_mfu(raw_model, 1, 1)  # measures the machine's peak, before the clock starts
 signals, losses = runtime.catch_signals(), {}  # losses: of the last evaluation

@@ -9,13 +9,12 @@ none as new as the last one that was there; and in the end the run's losses and 
 those of a run that was left alone, bit for bit, with each iteration once in its log. A disk is also
 full from one of the writes on, any of them, of a run that begins, evaluates, saves and closes. Runs
 go on with another text on which they do worse: lost, where the best checkpoint is not of that text.
-Of a
-thousand damaged checkpoints, meta.json and .bin files each, those are lost that fail with more than
-one line, and checkpoints that are taken with other weights; a token that became another one cannot
-be told. Of a thousand checkpoints whose checksums are right, but of whose values one is another, or
-gone, those are lost with which neither a run goes on nor fails with one line. A text of 100 MB is
-prepared: lost, where that takes 1 GB of memory or more, or 20 s. The exit status is 1 where
-anything is lost.
+Of a thousand damaged checkpoints, meta.json and .bin files each, those are lost that fail with more
+than one line, and checkpoints that are taken with other weights; a token that became another one
+cannot be told. Of a thousand checkpoints whose checksums are right, but of whose values one is
+another, or gone, those are lost with which neither a run goes on nor fails with one line. A text of
+100 MB is prepared: lost, where that takes 1 GB of memory or more, or 20 s. The exit status is 1
+where anything is lost.
 """
 
 import json

@@ -181,7 +181,7 @@ def test_a_run_closes_with_the_checkpoint_that_it_keeps(overfitted, monkeypatch,
     monkeypatch.chdir(overfitted)
     assert call(*OVERFIT, "--out_dir=again") == 0
     printed = capsys.readouterr().out
-    assert f"tokens per iteration, the text {240 * 64 / 720:.1f} times\n" in printed
+    assert f"tokens per iteration, reads the text {240 * 64 / 720:.1f} times\n" in printed
     assert f"back to step {best}, the best one, which again/ckpt.pt has\n" in printed
     assert f"whole validation split: loss {expected:.4f}, after {best} iterations" in printed
     risen = f"risen since step {best}: a run with --max_iters={best} is likely to be better\n"
@@ -222,7 +222,7 @@ def test_no_advice_that_cannot_be_followed(how, overfitted, monkeypatch, capsys)
     assert call(*OVERFIT, *how, "--out_dir=other") == 0
     printed = capsys.readouterr().out
     seconds = "max_seconds" in how[0]
-    assert ("risen since" in printed) == (not seconds) == ("per iteration, the text" in printed)
+    assert ("risen since" in printed) == (not seconds) == (", reads the text" in printed)
     if not seconds:
         assert (
             "back to step" not in printed and evaluations(overfitted / "other")[-1]["iter"] == 240
