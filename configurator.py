@@ -7,6 +7,7 @@ Also what the scripts share without torch: errors in one line, text that cannot 
 """
 
 import ast
+import codecs
 import os
 import re
 import sys
@@ -95,8 +96,12 @@ def read_arguments(argv: list[str], settings: Settings) -> Iterator[list[tuple]]
         arg = args.pop(0)
         if not arg.startswith("--"):
             if not arg.endswith(".py"):
-                hints = {"input_file": "--input_file=", "start": "--start=FILE:"}
-                text = "".join(f"; a text is {h}{arg}" for n, h in hints.items() if n in settings)
+                hints = {
+                    "input_file": "a text is --input_file=",
+                    "start": "a text is --start=FILE:",
+                }
+                hints = {"out_dir": "a run is --out_dir="} if os.path.isdir(arg) else hints
+                text = "".join(f"; {hint}{arg}" for n, hint in hints.items() if n in settings)
                 said = "not a config file, which ends in .py (settings are --key=value)"
                 fail(f"{arg}: {said}{text}")
             yield [*read_config_file(os.path.expanduser(arg))]
@@ -118,7 +123,7 @@ def read_config_file(path: str, users: tuple[Path, ...] = (), said: str = "") ->
     """The assignments of a config file, those of its base in place; `users` are the files that have
     it as their base, `said` is the place which says so."""
     try:
-        tree = ast.parse(read_text(path))
+        tree = ast.parse(decode(Path(path).read_bytes()))
     except OSError as error:
         hint = "" if said else " (settings are --key=value)"
         fail(f"{said}{path}: cannot read this config file: {error.strerror}{hint}")
@@ -253,9 +258,11 @@ def pick_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-def read_text(path: str | Path) -> str:
-    """A text file as editors write it: UTF-8 with or without a byte-order mark, any line ends."""
-    return Path(path).read_text(encoding="utf-8-sig")
+def decode(raw: bytes) -> str:
+    """A text as editors write it: in UTF-8, or in UTF-16 behind a byte-order mark; its line ends
+    become \\n. UnicodeDecodeError for other bytes."""
+    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return raw.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")
 
 
 def fail(message: str) -> NoReturn:

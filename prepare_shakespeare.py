@@ -28,10 +28,10 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import fail, override, printable, read_text
+from configurator import decode, fail, override, printable
 
 # -----------------------------------------------------------------------------
-input_file = ""  # the text, UTF-8; empty: Shakespeare, from disk or the network
+input_file = ""  # the text, in UTF-8; empty: Shakespeare, from disk or the network
 tokenizer = "char"  # or byte (256 tokens, takes any file), or gpt2 (BPE, 50,257 tokens)
 vocabulary_of = ""  # a data set's folder, whose tokenizer this one gets, to go on from its models
 dataset = ""  # the folder below data/; empty: shakespeare_<tokenizer>
@@ -150,7 +150,7 @@ def prepare(
         if kind == "byte":  # which takes each as it is, a text or not
             text = raw.decode("utf-8", "surrogateescape")
         else:
-            text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+            text = decode(raw)
     except UnicodeDecodeError as error:
         where = f"{error.reason} at byte {error.start:,}"
         raise ValueError(f"{source}: not UTF-8 ({where}); use --tokenizer=byte") from None
@@ -217,7 +217,7 @@ def load_data(folder: Path, block_size: int = 0) -> tuple[Tokenizer, dict[str, n
     few for a window of block_size + 1.
     """
     try:
-        meta = json.loads(read_text(folder / "meta.json"))
+        meta = json.loads(decode((folder / "meta.json").read_bytes()))
         tokenizer, data = Tokenizer(**meta["tokenizer"]), {}
         if meta["vocab_size"] != tokenizer.vocab_size:
             raise ValueError(f"vocab_size {meta['vocab_size']} is not that of the tokenizer")

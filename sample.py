@@ -18,13 +18,13 @@ import torch
 from checkpoint import load
 from configurator import (
     DTYPES,
+    decode,
     fail,
     lacks_memory,
     override,
     pick_device,
     pick_dtype,
     printable,
-    read_text,
     reader_gone,
 )
 from model import compile_step
@@ -92,7 +92,7 @@ try:
     if start.startswith("FILE:"):
         start_path = start.removeprefix("FILE:")
         try:
-            start = read_text(Path(start_path).expanduser())
+            start = decode(Path(start_path).expanduser().read_bytes())
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"start: cannot read the file {start_path!r}: {reason}") from None

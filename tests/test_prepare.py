@@ -85,7 +85,7 @@ def test_nothing_reached_names_input_file(tmp_path):
     [
         (None, (), "input.txt: cannot read this text: No such file"),
         (b"", (), "input.txt: has 0 characters"),
-        (b"\xff\xfe\x00a" * 9, (), "input.txt: not UTF-8 .* at byte 0"),
+        (b"\xfe\xfe\x00a" * 9, (), "input.txt: not UTF-8 .* at byte 0"),
         (b"abc" * 9, ("--tokenizer=bytes",), "tokenizer='bytes': must be one of char, byte, gpt2"),
         (b"abc" * 9, ("--tokeniser=char",), "did you mean 'tokenizer'"),
         (None, ("--input_file=", "--dataset=mine"), "--dataset=mine: needs its text: --input_file"),

@@ -36,7 +36,7 @@ from common import (
     start_and_signal,
     succeed,
 )
-from prepare_shakespeare import load_data
+from prepare_shakespeare import load_data, prepare
 from view import track
 
 GLOBALS = {"__doc__": "", "__file__": __file__, "out_dir": "out", "name": "a", "device": "cpu"}
@@ -154,10 +154,26 @@ def test_the_home_folder_in_every_setting_that_is_a_path(trained, tmp_path, monk
     assert load("~/whole")[1] == load(tmp_path / "whole")[1]
 
 
-@pytest.mark.parametrize("start", [codecs.BOM_UTF8, b"", b"# \xe7\x8b\x90\r\n"])
-def test_a_config_file_of_any_editor(start, tmp_path):
-    (tmp_path / "base.py").write_bytes(start + b"out_dir = 'b'\r\n")
-    (tmp_path / "c.py").write_bytes(start + b"base = 'base.py'\r\nname = out_dir\r\n")
+EDITORS = ("utf-8", "utf-8-sig", "utf-16")
+
+
+@pytest.mark.parametrize("encoding", EDITORS)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_text_of_any_editor(encoding, end, tmp_path, monkeypatch):
+    """To learn from, and as a prompt."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_bytes(f"狐狸{end}fox{end}".encode(encoding))
+    assert configurator.decode(Path("a.txt").read_bytes()) == "狐狸\nfox\n"
+    tokenizer, data = load_data(prepare(path="a.txt", name="a"))
+    assert tokenizer.decode([*data["train"], *data["val"]]) == "狐狸\nfox\n"
+
+
+@pytest.mark.parametrize("encoding", EDITORS)
+@pytest.mark.parametrize("start", ["", "# 狐\r\n"])
+def test_a_config_file_of_any_editor(start, encoding, tmp_path):
+    (tmp_path / "base.py").write_bytes(f"{start}out_dir = 'b'\r\n".encode(encoding))
+    source = f"{start}base = 'base.py'\r\nname = out_dir\r\n"
+    (tmp_path / "c.py").write_bytes(source.encode(encoding))
     found = configurator.override(GLOBALS, [str(tmp_path / "c.py")])
     assert found["out_dir"] == found["name"] == "b"
 
@@ -186,6 +202,14 @@ def test_a_text_in_the_place_of_a_config_file(setting, hint, text, tmp_path, mon
         configurator.override({**GLOBALS, setting: ""}, ["story.txt"])
     said = "story.txt: not a config file, which ends in .py (settings are --key=value)"
     assert capsys.readouterr().err.endswith(f": {said}{hint}\n")
+
+
+def test_a_folder_in_the_place_of_a_config_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out-a").mkdir()
+    with pytest.raises(SystemExit):
+        configurator.override(GLOBALS, ["out-a"])
+    assert capsys.readouterr().err.endswith("; a run is --out_dir=out-a\n")
 
 
 # ---- the environment --------------------------------------------------------
