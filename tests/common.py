@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are of CPUs; a forked process cannot use CUDA
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 # One thread a process, since the tensors are small; and no way out to a network.
