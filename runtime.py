@@ -202,8 +202,7 @@ def command(*args: str) -> str:
 
 def command_to_resume() -> str:
     """The command that goes on with this run."""
-    args = [arg for arg in sys.argv if not arg.startswith("--init_from=")]
-    args.append("--init_from=resume")
+    args = [*(arg for arg in sys.argv if not arg.startswith("--init_from=")), "--init_from=resume"]
     if int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)) < WORLD_SIZE:
         return f"torchrun (with the options as before) {shlex.join(args)}"
     start = f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"

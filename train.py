@@ -184,11 +184,12 @@ def to_device(windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def evaluate(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """The model's metrics in evaluation, their mean over all tokens of the batches."""
     sums, tokens = Counter(), 0
-    for x, y in batches:
-        with autocast, evaluation(raw_model.modules()):
-            metrics = raw_model(x, y).metrics
-        tokens += y.numel()
-        sums.update({name: value * y.numel() for name, value in metrics.items()})
+    with evaluation(raw_model.modules()):
+        for x, y in batches:
+            with autocast:
+                metrics = raw_model(x, y).metrics
+            tokens += y.numel()
+            sums.update({name: value * y.numel() for name, value in metrics.items()})
     return {name: value.item() / tokens for name, value in sums.items()}
 
 
@@ -373,7 +374,7 @@ if evaluates:
         text = raw_model.generate(idx, 300, temperature=0.8, top_k=200)
         print(f"\nA sample:\n{printable(tokenizer.decode(text[0].tolist()))}\n")
     if not eval_only and path.exists():
-        start = [] if tokenizer.prompt == "\n" else [f"--start={tokenizer.prompt}"]
-        sample = str(Path(sys.argv[0]).with_name("sample.py"))
-        print("More of it:", printable(runtime.command(sample, f"--out_dir={out_dir}", *start)))
+        args = [str(Path(sys.argv[0]).with_name("sample.py")), f"--out_dir={out_dir}"]
+        args += [] if tokenizer.prompt == "\n" else [f"--start={tokenizer.prompt}"]
+        print("More of it:", printable(runtime.command(*args)))
 runtime.leave(0)

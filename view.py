@@ -1,7 +1,8 @@
-"""What a run shows: its log, its speed, and what the experts do, in figures and in a text.
+"""What a run shows: its log, here and at wandb, its speed, and what the experts do.
 
-train.py writes the log; sample.py shows texts, in a terminal by `--show_experts`, as a page by
-`--html=FILE`. Probes and figures for the docs are in experiments/.
+train.py writes the log, and begins it by setting an earlier run's files aside. sample.py shows
+texts, in a terminal by `--show_experts`, as a page by `--html=FILE`. Probes and figures for the
+docs are in experiments/.
 """
 
 import base64
@@ -57,10 +58,12 @@ def append_row(path: Path, row: dict[str, float | list]) -> None:
     try:
         with open(path, "a+", encoding="utf-8") as file:
             before = file.tell()
-            file.seek(0)
-            last = json.loads((file.read().splitlines() or ["{}"])[-1])
-            if name not in row or any(last.get(k) != row[k] for k in ("iter", name)):
-                file.write(json.dumps(row) + "\n")
+            if name in row:  # the only row for which the log is read
+                file.seek(0)
+                last = json.loads((file.read().splitlines() or ["{}"])[-1])
+                if all(last.get(k) == row[k] for k in ("iter", name)):
+                    return
+            file.write(json.dumps(row) + "\n")
     except OSError:
         with suppress(OSError):  # where not even the file could be made
             os.truncate(path, before)  # no half a line

@@ -1,6 +1,6 @@
 # Characters of Shakespeare, without experts. The other presets begin with this one.
-# On a CUDA GPU the size of nanoGPT's character-level setting; elsewhere a setting for
-# two minutes on 2 cores, which a search found with an earlier layer: docs/results.md, "The recipe".
+# On a CUDA GPU the size of nanoGPT's character-level setting; elsewhere a setting for two minutes
+# on 2 cores, which a search found with an earlier layer: docs/results.md, "The recipe".
 
 out_dir = "out-shakespeare-char-dense"
 dataset = "shakespeare_char"

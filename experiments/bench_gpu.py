@@ -63,7 +63,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import bench_inference as base  # noqa: E402
 from bench_inference import GPT, GPT2, GPT_IN_FULL, LEAN, random_ids, ratio, read_prompt  # noqa: E402
-from measuring import num_params  # noqa: E402
+from measuring import num_params, step_flops  # noqa: E402
 
 import model as model_py  # noqa: E402
 from ablations import apply, restored, serial  # noqa: E402
@@ -335,9 +335,7 @@ class Trained:
         assert abs(first / known - 1) < 0.1 and 0 < last < 1.5 * known, f"losses {first}, {last}"
         if CUDA:
             self.memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-        attentions = sum(type(m).__name__.endswith("Attention") for m in self.model.modules())
-        per_token = 6 * num_params(self.model) + 12 * attentions * size.C * size.T
-        self.flops = per_token * size.B * size.T  # as estimate_mfu counts
+        self.flops = step_flops(self.model, size.C, size.T, size.B)
 
     def step(self) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16):

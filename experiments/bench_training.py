@@ -37,7 +37,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from x_transformers import Decoder, TransformerWrapper
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from measuring import memory, num_params  # noqa: E402
+from measuring import memory, num_params, step_flops  # noqa: E402
 
 from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
 from muon import configure_optimizers  # noqa: E402
@@ -126,13 +126,6 @@ def stepper(name: str, size: Size) -> tuple[nn.Module, Callable[[], None]]:
     return model, step
 
 
-def step_flops(model: nn.Module, size: Size) -> int:
-    """Of one step, counted as estimate_mfu does."""
-    attentions = sum(type(m).__name__.endswith("Attention") for m in model.modules())
-    per_token = 6 * num_params(model) + 12 * attentions * size.C * size.T
-    return per_token * size.B * size.T
-
-
 def peak_memory(name: str, size: str) -> float | None:
     """What a process of its own measures with --memory."""
     if sys.platform != "linux":
@@ -159,7 +152,7 @@ def measure(size: Size) -> tuple[float, dict[str, dict]]:
     rows, base = {}, num_params(built[BASELINE][0])
     for name, (model, _) in built.items():
         median = statistics.median(seconds[name][1:])
-        achieved = [step_flops(model, size) / s for s in seconds[name][1:]]
+        achieved = [step_flops(model, size.C, size.T, size.B) / s for s in seconds[name][1:]]
         shares = [a / peak for a, peak in zip(achieved, peaks[name][1:], strict=True)]
         pairs = zip(seconds[BASELINE][1:], seconds[name][1:], strict=True)
         speed = statistics.median(baseline / own for baseline, own in pairs)

@@ -142,7 +142,7 @@ def figures(folder: Path) -> list[dict]:
 
 FAILING_WRITE = """
 import builtins, errno, os, runpy, sys
-left, real = int(os.environ["WRITE"]), os.fsync
+left = int(os.environ["WRITE"])
 class Full:
     def __init__(self, file): self.file = file
     def __getattr__(self, name): return getattr(self.file, name)

@@ -11,6 +11,14 @@ def num_params(model: nn.Module) -> int:
     return sum(p.numel() for n, p in named if "pos_emb" not in n and "wpe" not in n)
 
 
+def step_flops(model: nn.Module, width: int, tokens: int, sequences: int) -> int:
+    """Floating-point operations of a training step, counted as view.estimate_mfu does, also for
+    models that are not ours."""
+    attentions = sum(type(m).__name__.endswith("Attention") for m in model.modules())
+    per_token = 6 * num_params(model) + 12 * attentions * width * tokens
+    return per_token * sequences * tokens
+
+
 def memory(field: str) -> float:
     """A field of this process's memory in MiB (Linux): VmRSS now, VmHWM at its peak.
 
