@@ -199,6 +199,18 @@ def call(*args, script="train.py", tiny=True):
     return 0
 
 
+def press_ctrl_c(log, row="", limit=60):
+    """In a thread: sends SIGINT to this process once the log is there and has `row`."""
+
+    def wait():
+        end = time.monotonic() + limit
+        while time.monotonic() < end and not (log.exists() and row in log.read_text()):
+            time.sleep(0.002)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def evaluations(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 

@@ -2,15 +2,13 @@
 
 import re
 import shutil
-import signal
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 from checkpoint import load, load_checkpoint
-from common import call, evaluations, weights
+from common import call, evaluations, press_ctrl_c, weights
 from prepare_shakespeare import load_data, prepare
 
 
@@ -195,24 +193,14 @@ def test_a_run_closes_with_the_checkpoint_that_it_keeps(overfitted, monkeypatch,
 def test_a_run_that_was_stopped_keeps_the_same_checkpoint(overfitted, monkeypatch):
     monkeypatch.chdir(overfitted)
     best = saved(overfitted / "out")["iter_num"]
-    stopper = threading.Thread(target=interrupt_after, args=(overfitted / "stopped", best + 20))
-    stopper.start()
+    press_ctrl_c(overfitted / "stopped/log.jsonl", f'{{"iter": {best + 20},')
     assert call(*OVERFIT, "--out_dir=stopped") == 130
-    stopper.join()
     assert saved(overfitted / "stopped")["iter_num"] > best
     assert saved(overfitted / "stopped").get("is_best") is False
     assert call("--init_from=resume", "--out_dir=stopped", "--device=cpu", tiny=False) == 0
     one, other = weights(overfitted / "out"), weights(overfitted / "stopped")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not (overfitted / "stopped/ckpt_best.pt").exists()
-
-
-def interrupt_after(folder, iteration):
-    """Presses Ctrl-C when the log has a row of the iteration, in a way."""
-    log = folder / "log.jsonl"
-    while not (log.exists() and f'{{"iter": {iteration},' in log.read_text()):
-        threading.Event().wait(0.002)
-    signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("how", [("--max_seconds=0.2",), ("--always_save_checkpoint=True",)])
