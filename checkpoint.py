@@ -10,10 +10,8 @@ is train.py's business.
 
 import math
 import os
-import re
 import shutil
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -74,17 +72,6 @@ def save(path: Path, checkpoint: dict[str, Any], keep_best: bool) -> None:
         best.unlink(missing_ok=True)
 
 
-def best_so_far(run: dict, settings: Settings, val: Any) -> tuple[tuple[float, int], list[int]]:
-    """The best validation loss of a run, and its iteration; also what it is measured on: a text,
-    and which of it is read. It counts only where the run goes on measuring the same."""
-    names = ("eval_iters", "batch_size", "block_size", "seed")
-    measured = [zlib.crc32(val), *(settings[name] for name in names)]
-    if run.get("measured", measured) == measured:
-        return (run["best_val_loss"], run.get("best_iter", 0)), measured
-    print("the validation loss is measured on other data than before: its best starts anew")
-    return (math.inf, 0), measured
-
-
 def load(
     out_dir: str | Path, device: str = "auto", name: str = "ckpt.pt"
 ) -> tuple[ParallelEncoderDecoder, Tokenizer]:
@@ -104,16 +91,24 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[ParallelEnco
     return build_model(checkpoint, path).to(device), checkpoint
 
 
-def load_best(path: Path) -> tuple[ParallelEncoderDecoder, dict]:
-    """As `load_checkpoint`, of a run that keeps its best one alone: ckpt_best.pt, where one is,
-    since the run was stopped and saved after it, takes its place at `path` again."""
-    with suppress(FileNotFoundError):  # there is none, or another process has done it
-        os.replace(path.with_name("ckpt_best.pt"), path)
-    return load_checkpoint(path)
+def load_best(
+    path: Path, is_best: bool, take_back: bool = False
+) -> tuple[ParallelEncoderDecoder, dict]:
+    """As `load_checkpoint`, of the best model of a run whose last one, at `path`, is_best or not;
+    with `take_back` it takes that one's place."""
+    older = path.with_name("ckpt_best.pt")  # beside a best one it is left from a kill
+    if is_best or not older.exists():
+        return load_checkpoint(path)
+    if take_back:
+        with suppress(ValueError, FileNotFoundError):  # damaged, or another process has moved it
+            load_checkpoint(older)
+            os.replace(older, path)
+    return load_checkpoint(path if take_back else older)
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """All that is in the checkpoint, on the CPU, checked; ValueError as in `load_checkpoint`."""
+    path = os.path.expanduser(path)
     with told_in_one_line(path, "not a whole checkpoint of train.py"):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums
@@ -151,9 +146,11 @@ def build_model(saved: dict, path: str | Path, **changed: Any) -> ParallelEncode
     """The model of a checkpoint, whose weights it takes out; `changed` are fields of its config."""
     with told_in_one_line(path, "not a checkpoint of this model"):
         config = ModelConfig(**saved["model_args"] | changed)
-        # torch.compile and DDP put a prefix before each name.
-        weights = {re.sub(r"^((_orig_mod|module)\.)+", "", name): weight
-                   for name, weight in saved.pop("model").items()}  # fmt: skip
+        # torch.compile, DDP and other wrappers put a prefix before each name.
+        weights, first = saved.pop("model"), "tok_emb.weight"
+        prefix = next((k.removesuffix(first) for k in weights if k.endswith(first)), "")
+        weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        weights = {k: w.float() if torch.is_tensor(w) else w for k, w in weights.items()}
         if "pos_emb.weight" in weights:
             weights["pos_emb.weight"] = weights["pos_emb.weight"][: config.block_size].clone()
         if config.n_layer > len(weights):
@@ -165,49 +162,39 @@ def build_model(saved: dict, path: str | Path, **changed: Any) -> ParallelEncode
     return model
 
 
-def require_vocabulary(saved: dict, path: Path, tokenizer: Tokenizer, dataset: str) -> None:
-    """ValueError where a data set has not the ids that the checkpoint's model knows."""
-    if saved["tokenizer"] != asdict(tokenizer):
-        own = saved["config"].get("dataset", dataset)
-        how = f"it with --vocabulary_of=data/{own}" if own != dataset else "that run's text again"
-        raise ValueError(f"data/{dataset}: not the vocabulary of {path}; prepare {how}")
-
-
 @contextmanager
 def told_in_one_line(path: str | Path, what: str) -> Iterator[None]:
     """What fails inside becomes a ValueError with a line for the user."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError):
-        said = "there is no checkpoint; train.py writes one, and --out_dir names its folder"
-        raise ValueError(f"{path}: {said}") from None
     except Exception as error:
+        if not os.path.exists(path):
+            said = "there is no checkpoint; train.py writes one, and --out_dir names its folder"
+            raise ValueError(f"{path}: {said}") from None
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         reason = (reason.partition(":\n\t")[2] or reason).partition("\n")[0]  # one, of many weights
         if isinstance(error, PermissionError) or lacks_memory(error):
             what = "cannot be loaded"
-        raise ValueError(f"{path}: {what}: {reason or type(error).__name__}") from None
+        raise ValueError(f"{path}: {what}: {reason or type(error).__name__:.200}") from None
 
 
 def start_from(path: Path, settings: Settings) -> tuple[dict[str, Any] | None, Path | None]:
     """The checkpoint that init_from says, and its path: that of the run at `path`, to go on with,
     or another one, with whose weights a new run begins. Makes the settings those of the checkpoint,
     but OF_EACH_CALL and --key=value; in a new run but what a config file sets, too, save sizes.
-    Ends the process with one line where that cannot be."""
+    Ends the process with one line where that cannot be; ValueError as in `load_checkpoint`."""
     if settings["init_from"] == "scratch":
         return None, None
     new, source = settings["init_from"] != "resume", path
     if new:
         source = Path(settings["init_from"])
-        source = source / "ckpt.pt" if source.is_dir() else source
-        if not source.exists():
+        source = source / "ckpt.pt" if os.path.isdir(source) else source
+        if not os.path.exists(source):
             fail(f"init_from={str(source)!r}: must be scratch, resume, or the path of a run")
-        if source.parent.resolve() == path.parent.resolve():
+        folders = (source.resolve().parent, source.parent.resolve())
+        if path.parent.resolve() in folders and not settings["eval_only"]:
             fail(f"out_dir={settings['out_dir']!r}: a new run from {source} needs another folder")
-    try:
-        saved = read(source)
-    except ValueError as error:
-        fail(str(error))
+    saved = read(source)
     for name in ({"tokenizer"} if new else ENTRIES.keys()) - saved.keys():
         fail(f"{source}: has no entry {name!r}; it was not written by this train.py")
     args, kept = saved["model_args"], []
@@ -224,7 +211,10 @@ def start_from(path: Path, settings: Settings) -> tuple[dict[str, Any] | None, P
             if where and differs:
                 kept.append(f"{name}={value!r}")
     if args["position_embedding"] == "learned" and settings["block_size"] > args["block_size"]:
-        fail(f"block_size: {source} has learned positions for {args['block_size']} tokens, no more")
+        said = f"{source} has learned positions for {args['block_size']} tokens, no more"
+        fail(f"{settings.where.get('block_size', 'block_size')}: {said}")
+    if settings["block_size"] != args["block_size"]:
+        print(f"block_size={settings['block_size']}, not {args['block_size']} as in {source}")
     if kept:
         how = "" if new else "; change it by --key=value"
         print(f"the run keeps {', '.join(kept)}, not a config file's{how}")

@@ -7,6 +7,7 @@ Also what the scripts share without torch: errors in one line, text that cannot 
 """
 
 import ast
+import builtins
 import codecs
 import os
 import re
@@ -15,8 +16,10 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from difflib import get_close_matches
+from math import isfinite
 from operator import add, floordiv, mul, sub, truediv
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv}
@@ -50,18 +53,25 @@ class Settings(dict[str, Any]):
 def override(script_globals: Mapping[str, Any], argv: list[str]) -> Settings:
     """The settings after the arguments: config files, --key=value, --key value, or --key alone for
     True, in order; the last one wins. A mistake ends the process with one line."""
-    UNDO.close()  # of a script before, that an exception ended
+    UNDO.close()  # of a script before, which something unforeseen ended
+    if shell := getattr(builtins, "get_ipython", None):  # a notebook shows errors itself
+        events = shell().events
+        events.register("post_execute", UNDO.close)
+        UNDO.callback(events.unregister, "post_execute", UNDO.close)
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # None where it is closed
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what cannot be shown is replaced; lines come soon
+            ways = dict(errors=stream.errors, line_buffering=stream.line_buffering)
+            UNDO.callback(put_back, stream, **ways)
             stream.reconfigure(errors="replace", line_buffering=True)
     settings = Settings(script_globals)
     if "--help" in argv or "-h" in argv:
         try:
             print_help(script_globals, settings)
-        except BrokenPipeError:
-            reader_gone()
+        except OSError as error:
+            fail(error)
+        UNDO.close()
         sys.exit(0)
     given = [*read_arguments(argv, settings)]
     device = settings.get("device")
@@ -96,14 +106,8 @@ def read_arguments(argv: list[str], settings: Settings) -> Iterator[list[tuple]]
         arg = args.pop(0)
         if not arg.startswith("--"):
             if not arg.endswith(".py"):
-                hints = {
-                    "input_file": "a text is --input_file=",
-                    "start": "a text is --start=FILE:",
-                }
-                hints = {"out_dir": "a run is --out_dir="} if os.path.isdir(arg) else hints
-                text = "".join(f"; {hint}{arg}" for n, hint in hints.items() if n in settings)
                 said = "not a config file, which ends in .py (settings are --key=value)"
-                fail(f"{arg}: {said}{text}")
+                fail(f"{arg}: {said}{meant(arg, settings)}")
             yield [*read_config_file(os.path.expanduser(arg))]
             continue
         key, equals, value = arg[2:].partition("=")
@@ -117,6 +121,17 @@ def read_arguments(argv: list[str], settings: Settings) -> Iterator[list[tuple]]
                 require_known(key, settings, arg)
                 fail(f"--{key}: has no value; write --{key}=VALUE")
         yield [("", key, parse(value, settings.get(key)), f"--{key}={value}")]
+
+
+def meant(arg: str, settings: Settings) -> str:
+    """What somebody may have meant by an argument that is no setting and no config file."""
+    trains, folder = "init_from" in settings, os.path.dirname(arg) if arg[-3:] == ".pt" else arg
+    if os.path.exists(os.path.join(folder, "ckpt.pt" if trains else "")) and "out_dir" in settings:
+        return "; a run is " + "--init_from=resume " * trains + f"--out_dir={quote(folder)}"
+    texts = {"input_file": "", "start": "FILE:" * os.path.isfile(arg)}
+    hints = [f"; a text is --{n}={quote(how + arg)}" for n, how in texts.items() if n in settings]
+    prepare = f"; a text is prepared by prepare_shakespeare.py --input_file={quote(arg)}"
+    return "".join(hints) or prepare * (trains and os.path.isfile(arg))
 
 
 def read_config_file(path: str, users: tuple[Path, ...] = (), said: str = "") -> Iterator[tuple]:
@@ -212,18 +227,22 @@ def check(name: Any, value: Any, settings: Settings, where: str) -> Any:
     if type(value) is not kind:
         fail(f"{where}: {name} takes {kind.__name__} (such as {settings[name]!r}), not {value!r}")
     if name in settings.paths:
-        value = os.path.expanduser(value)
+        value = os.path.expanduser(os.path.expandvars(value))
+        if value.startswith("~"):
+            fail(f"{where}: {name}: {value!r}: there is no such home folder")
     place = "" if where.startswith("--") else f"{where}: "
     if name in settings.least and not value >= settings.least[name]:  # NaN is not, either
         fail(f"{place}{name}={value}: must be at least {settings.least[name]}")
     if name in settings.allowed and value not in settings.allowed[name]:
         fail(f"{place}{name}={value!r}: must be one of {', '.join(settings.allowed[name])}")
+    if (kind is float and not isfinite(value)) or (kind is int and abs(value) >= 2**63):
+        fail(f"{place}{name}={value}: must be finite, and below 2**63")
     return value
 
 
 def print_help(script_globals: Mapping[str, Any], settings: Settings) -> None:
     """Prints the script's docstring, and every setting as its source has it, comment included."""
-    print(script_globals["__doc__"].strip() + "\n\nSettings and their defaults:\n")
+    print((script_globals["__doc__"] or "").strip() + "\n\nSettings and their defaults:\n")
     names = set(settings)
     for line in Path(script_globals["__file__"]).read_text(encoding="utf-8").splitlines():
         if (match := re.match(r"(\w+) = ", line)) and match[1] in names:
@@ -232,21 +251,25 @@ def print_help(script_globals: Mapping[str, Any], settings: Settings) -> None:
 
 
 def pick_device(device: str) -> str:
-    """The device to use: for `auto` CUDA, else MPS, else the CPU. Ends the process without it."""
+    """The device to use: for `auto` CUDA, else MPS, else the CPU. ValueError without it."""
     import torch  # here, since preparing text needs no torch
 
+    there, count = {"cpu": "cpu"}, torch.cuda.device_count()
+    if torch.backends.mps.is_available():
+        there = {"mps": "mps"} | there
+    if count:
+        there = {"cuda": "cuda:0" + f" to cuda:{count - 1}" * (count > 1)} | there
     if device == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        return "cuda" if torch.cuda.is_available() else mps
+        return next(iter(there))
+    reason = "is not there"
     try:
-        torch.zeros(1, device=device)
+        if device.partition(":")[0] in there:
+            torch.zeros(1, device=device)
+            return device
     except (RuntimeError, AssertionError) as error:
-        there = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
-        there += [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-        works = device.partition(":")[0] in str(there)  # then the reason is another one
-        reason = str(error).splitlines()[0] if works else "is not there"
-        fail(f"device={device!r:.20}: {reason:.40}; this machine has {', '.join(there)}")
-    return device
+        reason = str(error).splitlines()[0]
+    has = ", ".join(there.values())
+    raise ValueError(f"device={device!r:.20}: {reason:.40}; this machine has {has}")
 
 
 def pick_dtype(dtype: str, device: str) -> str:
@@ -260,25 +283,39 @@ def pick_dtype(dtype: str, device: str) -> str:
 
 def decode(raw: bytes) -> str:
     """A text as editors write it: in UTF-8, or in UTF-16 behind a byte-order mark; its line ends
-    become \\n. UnicodeDecodeError for other bytes."""
+    become \\n. UnicodeDecodeError for other bytes, and for NULs."""
     marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return raw.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")
+    text = raw.decode("utf-16" if marked else "utf-8-sig")
+    if "\0" in text:
+        at, reason = raw.index(b"\0"), "a NUL, as in UTF-16 without a mark"
+        raise UnicodeDecodeError("utf-8", raw, at, at + 1, reason)
+    return text.replace("\r\n", "\n")
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the process with one line on stderr that names the script, and exit status 2."""
-    line = printable(message).replace("\n", "\\n")
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+def fail(reason: str | Exception, status: int = 2) -> NoReturn:
+    """Ends the process with one line on stderr that names the script, and with this exit status;
+    quietly where what reads its stdout, such as head, reads no more."""
+    if gone := isinstance(reason, BrokenPipeError):
+        status = 128 + 13  # SIGPIPE, which Windows lacks
+    line = reason if isinstance(reason, str) else str(reason).partition("\n")[0]
+    line = f"{Path(sys.argv[0]).name}: {printable(line)}".replace("\n", "\\n")
+    print(line * (not gone), file=sys.stderr, end="\n" * (not gone))
     UNDO.close()
-    sys.exit(2)
+    sys.exit(status)
 
 
-def reader_gone() -> NoReturn:
-    """Ends the process quietly, as other programs do, where what reads its stdout, such as head,
-    reads no more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written goes there
-    UNDO.close()
-    sys.exit(128 + 13)  # SIGPIPE, which Windows lacks
+def put_back(stream: Any, **ways: Any) -> None:
+    """Gives a stream back the ways that it had."""
+    try:
+        stream.flush()
+    except OSError:
+        to_nowhere(stream)
+    stream.reconfigure(**ways)
+
+
+def to_nowhere(stream: Any) -> None:
+    """What a stream holds, and cannot write, and all that comes, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:

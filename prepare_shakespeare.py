@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import decode, fail, override, printable
+from configurator import UNDO, decode, fail, override, printable
 
 # -----------------------------------------------------------------------------
 input_file = ""  # the text, in UTF-8; empty: Shakespeare, from disk or the network
@@ -77,11 +78,15 @@ class Tokenizer:
         try:
             import tiktoken
 
-            return tiktoken.get_encoding("gpt2")
-        except ImportError as error:
+            get_encoding = tiktoken.get_encoding
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # it is not installed, or broken in whatever way
             raise OSError(
                 f"--tokenizer=gpt2 needs tiktoken: pip install tiktoken ({error})"
             ) from None
+        try:
+            return get_encoding("gpt2")
         except Exception as error:  # whatever requests, or tiktoken's check of the files, raises
             reason = type(error).__name__
             raise OSError(
@@ -116,6 +121,10 @@ class Tokenizer:
         except KeyError as error:
             raise ValueError(f"the vocabulary has no character {error.args[0]!r}") from None
 
+    def read(self, raw: bytes) -> str:
+        """The text of a file: as an editor writes one, or of bytes, any. UnicodeDecodeError."""
+        return raw.decode("utf-8", "surrogateescape") if self.kind == "byte" else decode(raw)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The text of the ids in UTF-8; a byte or a BPE token can end inside a character."""
         if self.kind == "gpt2":
@@ -147,10 +156,7 @@ def prepare(
     source = SOURCES.get(digest, found)
     print(f"  it is {source}")
     try:
-        if kind == "byte":  # which takes each as it is, a text or not
-            text = raw.decode("utf-8", "surrogateescape")
-        else:
-            text = decode(raw)
+        text = raw.decode("utf-8", "surrogateescape") if kind == "byte" else decode(raw)
     except UnicodeDecodeError as error:
         where = f"{error.reason} at byte {error.start:,}"
         raise ValueError(f"{source}: not UTF-8 ({where}); use --tokenizer=byte") from None
@@ -202,7 +208,9 @@ def prepare_missing(folder: Path) -> None:
     if (folder / "meta.json").exists():
         return
     if folder.parent != DATA or folder.name not in SHAKESPEARE:
-        command = f"python prepare_shakespeare.py --input_file=PATH --dataset={folder.name}"
+        name = folder.relative_to(DATA) if folder.is_relative_to(DATA) else folder
+        script = os.path.relpath(__file__)
+        command = shlex.join(["python", script, "--input_file=PATH", f"--dataset={name}"])
         raise ValueError(f"{folder}: there is no data set; make one: {command}")
     try:
         prepare(folder.name.removeprefix("shakespeare_"))
@@ -233,11 +241,21 @@ def load_data(folder: Path, block_size: int = 0) -> tuple[Tokenizer, dict[str, n
         raise ValueError(f"{folder}: {reason}; prepare the data again") from None
     for part, tokens in data.items():
         if len(tokens) <= block_size:
+            smaller = "set a smaller --block_size, or " * (len(tokens) > 1)
             raise ValueError(
                 f"{folder}/{part}.bin: {len(tokens)} tokens are fewer than block_size + 1 = "
-                f"{block_size + 1}; set a smaller --block_size, or use more text"
+                f"{block_size + 1}; {smaller}use more text"
             )
     return tokenizer, data
+
+
+def require_vocabulary(saved: dict, path: Path, tokenizer: Tokenizer, dataset: str) -> None:
+    """ValueError where a data set has not the ids that the checkpoint's model knows."""
+    if saved["tokenizer"] != asdict(tokenizer):
+        own = Path(DATA, saved["config"].get("dataset", dataset))
+        how = f"it with --vocabulary_of={shlex.quote(str(own))}"
+        how = "that run's text again" if own == Path(DATA, dataset) else how
+        raise ValueError(f"data/{dataset}: not the vocabulary of {path}; prepare {how}")
 
 
 def consecutive_windows(
@@ -289,7 +307,7 @@ def find_text(path: str, folder: Path) -> tuple[bytes, str]:
     for fetch in (fetch_tinyshakespeare, fetch_complete_works):
         try:
             raw = fetch()
-        except (OSError, ImportError) as error:  # the latter: requests is not installed, or broken
+        except Exception as error:  # whatever a broken package raises, too
             print(f"  not to be had: {error}")
             continue
         write_atomically({saved: raw})
@@ -365,6 +383,8 @@ if __name__ == "__main__":
     settings = override(globals(), sys.argv[1:])
     try:
         coder = None
+        if settings.where.get("input_file") and not (settings["input_file"] or settings["dataset"]):
+            raise ValueError("input_file: is empty; give the path of a text, or leave it out")
         if folder := settings["vocabulary_of"]:
             if not Path(folder, "meta.json").exists():
                 such = "must be a data set's folder, such as data/shakespeare_char"
@@ -378,6 +398,8 @@ if __name__ == "__main__":
                 )
         prepare(settings["tokenizer"], settings["input_file"], settings["dataset"], coder)
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    finally:
+        UNDO.close()

@@ -4,30 +4,34 @@ Nothing here knows of losses, schedules or optimizers."""
 import ctypes
 import errno
 import os
-import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from checkpoint import ABLATIONS
-from configurator import UNDO, fail, lacks_memory, pick_device
+from configurator import UNDO, fail, lacks_memory, pick_device, to_nowhere
 from model import DecoderLayer, EncoderLayer, ParallelEncoderDecoder
 
 # What torchrun says of this process. It sets all of these: what is set by halves is not from it.
-DDP = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-RANK = int(os.environ["RANK"]) if DDP else 0
-WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if DDP else 1
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+said, RANK, WORLD_SIZE = {name: os.environ.get(name, "") for name in TORCHRUN}, 0, 1
+if DDP := all(said.values()):
+    numbers = [int(n) if n.isdecimal() else -1 for n in said.values()][:4]
+    RANK, WORLD_SIZE = numbers[:2]
+    if min(numbers) < 0 or RANK >= WORLD_SIZE:
+        fail(f"{said}: not as torchrun sets them; start with torchrun, or unset them")
 MASTER = RANK == 0
-# Ctrl-C, and what clusters, terminals that close, and limits of CPU time send.
-STOP_SIGNALS = [getattr(signal, f"SIG{n}", None) for n in ("INT", "TERM", "HUP", "XCPU", "BREAK")]
+# Ctrl-C, and what clusters, terminals that close, and limits of time send.
+STOP_SIGNALS = "INT TERM HUP QUIT USR1 USR2 ALRM XCPU BREAK".split()
 HANDLERS = ExitStack()  # gives the signals back to the handlers that they had before
 UNWRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -39,6 +43,7 @@ def start_processes(backend: str, device: str) -> str:
     if mallopt:  # keep freed memory up to 32 MB a piece: each step asks for the same again
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+    UNDO.enter_context(torch.random.fork_rng(devices=[]))
     device = pick_device(device)
     if DDP and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -94,8 +99,6 @@ def leave(status: int) -> NoReturn:
     UNDO.close()
     if not DDP:
         sys.exit(status)
-    if MASTER and hasattr(sys.modules.get("wandb"), "finish"):
-        sys.modules["wandb"].finish()
     dist.barrier()
     dist.destroy_process_group()
     os._exit(status)  # at a usual exit gloo's threads abort the process now and then
@@ -123,13 +126,13 @@ def writing(path: Path) -> Iterator[None]:
 
 def report_errors(checkpoint: Path, resumes: bool) -> None:
     """From here on what is no fault of this program ends it with one line, not with a traceback. It
-    says how to go on from `checkpoint`, if this run `resumes` it or has written it."""
+    says how to go on from `checkpoint`, if this run `resumes` it or has written it. Comes after
+    `start_processes`, where torch sets a hook of its own."""
     began, before = 0.0 if resumes else time.time(), sys.excepthook
-    UNDO.callback(setattr, sys, "excepthook", before)
 
     def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            return  # Python itself ends then, as by the signal
+            return UNDO.close()  # Python itself ends then, as by the signal
         reason = str(error).partition("\n")[0]
         if DDP and (issubclass(kind, dist.DistError) or "gloo" in reason):
             what = f"process {RANK} has lost another one"
@@ -138,33 +141,42 @@ def report_errors(checkpoint: Path, resumes: bool) -> None:
         elif lacks_memory(error):
             what = "not enough memory; lower --batch_size or --block_size"
         else:
+            UNDO.close()
             return before(kind, error, trace)
         try:
             if checkpoint.exists() and checkpoint.stat().st_mtime > began:
                 what += f"; --init_from=resume goes on from {checkpoint}"
-            fail(f"{what} ({reason})")
+            fail(f"{what} ({reason})", 1)
         finally:
-            os._exit(1)  # a usual exit would wait for the others, or write once more
+            if DDP:
+                os._exit(1)  # a usual exit would wait for the others
 
+    UNDO.callback(setattr, sys, "excepthook", before)
     sys.excepthook = on_error
 
 
 def catch_signals() -> list[int]:
     """Makes STOP_SIGNALS requests to stop, but those that are ignored, as by nohup: the list gets
-    their numbers. A second one is handled as before, which ends a single process. A stdout that
-    cannot be written is a request, too: SIGPIPE."""
-    caught: list[int] = []
+    their numbers. The same one again is handled as before, which ends a single process; so is one
+    that comes when an error has ended the script. A stdout that cannot be written is a request,
+    too: SIGPIPE."""
+    caught, script = [], sys._getframe(1)
 
-    def on_signal(number: int, frame: object) -> None:
-        caught.append(number)
-        if not DDP:
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        while frame not in (script, None):
+            frame = frame.f_back
+        if frame is None or (number in caught and not DDP):
             HANDLERS.close()
+            signal.raise_signal(number)
+        caught.append(number)
 
     UNDO.push(HANDLERS)
-    for number in filter(None, STOP_SIGNALS):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before = signal.signal(number, on_signal) or signal.SIG_DFL
-            HANDLERS.callback(signal.signal, number, before)
+    gets_signals = threading.current_thread() is threading.main_thread()
+    for number in filter(None, (getattr(signal, f"SIG{name}", None) for name in STOP_SIGNALS)):
+        before = signal.getsignal(number)
+        if before != signal.SIG_IGN and gets_signals:
+            HANDLERS.callback(signal.signal, number, before or signal.SIG_DFL)
+            signal.signal(number, on_signal)
     UNDO.callback(setattr, sys, "stdout", sys.stdout)
     sys.stdout = Output(sys.stdout, caught)
     return caught
@@ -182,51 +194,15 @@ class Output:
             return self.stream.write(text)
         except OSError as error:
             self.caught.append(13)  # SIGPIPE, which Windows lacks
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # what it holds back goes there, too
+            to_nowhere(self.stream)
             try:
                 print(f"train.py: its output cannot be written ({error})", file=sys.stderr)
             except OSError:
-                os.dup2(nowhere, sys.stderr.fileno())
+                to_nowhere(sys.stderr)
             return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-def command(*args: str) -> str:
-    """The command that calls a script with this Python, and with the ablations of this run."""
-    by = [os.path.relpath(Path(__file__).parent / "experiments/ablations.py"), *ABLATIONS]
-    return shlex.join([sys.orig_argv[0], *(by if ABLATIONS else []), *args])
-
-
-def command_to_resume() -> str:
-    """The command that goes on with this run."""
-    args = [*(arg for arg in sys.argv if not arg.startswith("--init_from=")), "--init_from=resume"]
-    if int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)) < WORLD_SIZE:
-        return f"torchrun (with the options as before) {shlex.join(args)}"
-    start = f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
-    return f"{start} {shlex.join(args)}" if DDP else command(*args)
-
-
-def lock_folder(settings: dict[str, Any]) -> None:
-    """Makes out_dir, where this run writes, and locks it to the end of the script: one run at a
-    time. Where there are no such locks, as on Windows, two runs are not told apart."""
-    folder, resumes = settings["out_dir"], settings["init_from"] == "resume"
-    if not MASTER or settings["eval_only"] or (resumes and not os.path.exists(folder)):
-        return
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = UNDO.enter_context(open(Path(folder, ".lock"), "w", encoding="utf-8"))
-    except OSError as error:
-        fail(f"out_dir={folder!r}: cannot be used: {error.strerror}")
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"out_dir={folder!r}: another run is writing there; choose another --out_dir")
 
 
 def compiler_works(device: str) -> bool:

@@ -18,14 +18,13 @@ import torch
 from checkpoint import load
 from configurator import (
     DTYPES,
-    decode,
+    UNDO,
     fail,
     lacks_memory,
     override,
     pick_device,
     pick_dtype,
     printable,
-    reader_gone,
 )
 from model import compile_step
 from view import in_colour, see, write_html
@@ -49,7 +48,8 @@ compile = False  # torch.compile: small models sample faster, after 10 to 30 s o
 # -----------------------------------------------------------------------------
 LEAST = {"num_samples": 1, "top_k": 0, "max_new_tokens": 0, "temperature": 0.0}
 ALLOWED, PATHS = {"dtype": DTYPES}, ("out_dir", "html", "checkpoint")
-globals().update(override(globals(), sys.argv[1:]))
+settings = override(globals(), sys.argv[1:])
+globals().update(settings)
 
 if not 0 < top_p <= 1:
     fail(f"top_p={top_p}: must be in (0, 1]; 1 draws from all tokens")
@@ -92,12 +92,14 @@ try:
     if start.startswith("FILE:"):
         start_path = start.removeprefix("FILE:")
         try:
-            start = decode(Path(start_path).expanduser().read_bytes())
+            start = tokenizer.read(Path(start_path).expanduser().read_bytes())
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"start: cannot read the file {start_path!r}: {reason}") from None
-    else:
+    elif "start" in settings.where:
         start = start.replace("\\n", "\n")  # as one writes it in a shell
+    else:  # a line end, where the text has one
+        start = tokenizer.prompt
     stop = stop.replace("\\n", "\n")
     ids = tokenizer.encode(start)
     if not ids:
@@ -145,10 +147,8 @@ try:
         print(f"{html}: written; open it in a browser", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(130 if interrupted else 0)
-except BrokenPipeError:
-    reader_gone()
 except (ValueError, OSError) as error:
-    fail(str(error).partition("\n")[0])
+    fail(error)
 except (RuntimeError, MemoryError) as error:
     said = str(error).strip().partition("\n")[0]
     if compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
@@ -159,3 +159,5 @@ except (RuntimeError, MemoryError) as error:
 except KeyboardInterrupt:
     print()
     sys.exit(130)
+finally:
+    UNDO.close()

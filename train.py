@@ -14,6 +14,7 @@ processes repeat one. (Not with max_seconds, which ties the schedules to the clo
 import math
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -25,13 +26,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import log
 import runtime
-from configurator import DTYPES, fail, override, pick_dtype, printable
+from configurator import DTYPES, fail, override, pick_dtype
 from model import ModelConfig, ParallelEncoderDecoder, evaluation
 from muon import Muon, configure_optimizers, gather, grad_norm, restore
-from prepare_shakespeare import consecutive_windows, load_data, prepare_missing
+from prepare_shakespeare import consecutive_windows, load_data, prepare_missing, require_vocabulary
 from runtime import DDP, MASTER, RANK, WORLD_SIZE, agree, end_run
-from view import append_row, estimate_mfu, expert_statistics, start_log, track
+from view import estimate_mfu, expert_statistics, show_sample
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -112,28 +114,28 @@ ALLOWED |= {"penalty_schedule": ("constant", "linear", "exponential"), "dtype": 
 # The settings: the defaults above, then config files and --key=value. A resumed run has its own.
 settings = override(globals(), sys.argv[1:])
 path, resumes = Path(settings["out_dir"], "ckpt.pt"), settings["init_from"] == "resume"
-runtime.lock_folder(settings)
-own = runtime.start_processes(settings["backend"], settings["device"])  # device, of this process
-runtime.report_errors(path, resumes)
-saved, source = checkpoint.start_from(path, settings)  # None, None from scratch
-globals().update(settings, device=own, dtype=pick_dtype(settings["dtype"], own))
-lr_decay_iters, penalty_iters = lr_decay_iters or max_iters, penalty_iters or max_iters
-if min_lr > learning_rate:
-    fail(f"min_lr={min_lr}: must be at most learning_rate={learning_rate}")
-if max_seconds and not max_iters:
-    fail("max_iters=0: must be at least 1 with max_seconds")
-if fsdp and not DDP:
-    fail("fsdp=True: shards a model over processes; start them with torchrun, or set --fsdp=False")
-
-device_type, half = device.split(":")[0], dtype != "float32"
-autocast = torch.autocast(device_type, getattr(torch, dtype), half, cache_enabled=not fsdp)
-micro_steps = math.ceil(gradient_accumulation_steps / WORLD_SIZE)
-if micro_steps * WORLD_SIZE != gradient_accumulation_steps:
-    print(f"gradient_accumulation_steps={micro_steps * WORLD_SIZE}, to share among {WORLD_SIZE}")
-tokens_per_iter = micro_steps * WORLD_SIZE * batch_size * block_size
-
-# The data, the model and its optimizers.
+log.lock_folder(settings)
 try:
+    own = runtime.start_processes(settings["backend"], settings["device"])  # this one's device
+    runtime.report_errors(path, resumes)
+    saved, source = checkpoint.start_from(path, settings)  # None, None from scratch
+    globals().update(settings, device=own, dtype=pick_dtype(settings["dtype"], own))
+    lr_decay_iters, penalty_iters = lr_decay_iters or max_iters, penalty_iters or max_iters
+    if min_lr > learning_rate:
+        fail(f"min_lr={min_lr}: must be at most learning_rate={learning_rate}")
+    if max_seconds and not max_iters:
+        fail("max_iters=0: must be at least 1 with max_seconds")
+    if fsdp and not DDP:
+        fail("fsdp=True: shards a model over processes; start them with torchrun, or leave it out")
+
+    device_type, half = device.split(":")[0], dtype != "float32"
+    autocast = torch.autocast(device_type, getattr(torch, dtype), half, cache_enabled=not fsdp)
+    micro_steps = math.ceil(gradient_accumulation_steps / WORLD_SIZE)
+    if (steps := micro_steps * WORLD_SIZE) != gradient_accumulation_steps:
+        print(f"gradient_accumulation_steps={steps}, to share among {WORLD_SIZE}")
+    tokens_per_iter = steps * batch_size * block_size
+
+    # The data, the model and its optimizers.
     if MASTER:
         prepare_missing(Path("data", dataset))
     agree()  # the others wait for it
@@ -143,7 +145,7 @@ try:
     if saved is None:
         raw_model = ParallelEncoderDecoder(ModelConfig(vocab_size=tokenizer.vocab_size, **config))
     else:
-        checkpoint.require_vocabulary(saved, source, tokenizer, dataset)
+        require_vocabulary(saved, source, tokenizer, dataset)
         raw_model = checkpoint.build_model(saved, source, **config)
     runtime.place(raw_model, device, fsdp)
     adamw = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay)
@@ -153,13 +155,12 @@ try:
     if resumes and not eval_only:
         restore(optimizers, saved.pop("optimizers"))
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
-except (ValueError, OSError, RuntimeError) as error:  # the last: a seed too large, no memory
-    if DDP and "gloo" in str(error):
-        raise  # another process has failed, and said why
+except (ValueError, OSError, RuntimeError) as error:  # the last: no memory
+    if (DDP and "gloo" in str(error)) or getattr(error, "errno", 0) in runtime.UNWRITTEN:
+        raise  # another process has failed, and said why; or stdout has
     fail(str(error).partition("\n")[0])
 model = torch.compile(raw_model) if compile and runtime.compiler_works(device) else raw_model
-if DDP and not fsdp:
-    model = DistributedDataParallel(model)
+model = DistributedDataParallel(model) if DDP and not fsdp else model
 params, has_experts = list(raw_model.parameters()), raw_model.config.n_expert > 0
 evaluates = MASTER or fsdp  # a model in shares needs all of them, and all compute the same
 statistics = autocast(expert_statistics)  # of the masks, in the precision of training
@@ -233,14 +234,6 @@ def save_checkpoint(is_best: bool) -> None:
     saved_is_best, saved_iter = is_best, iter_num
 
 
-def log_row(row: dict[str, float | list]) -> None:
-    """Appends a row to out_dir/log.jsonl, and to wandb where asked for."""
-    if MASTER:
-        with runtime.writing(log := path.with_name("log.jsonl")):
-            append_row(log, row)
-        track(settings, row)
-
-
 def log_iteration(logged: torch.Tensor) -> None:
     """Prints the line of an iteration, with the mean time of those since the last line."""
     global last, last_iter
@@ -263,26 +256,32 @@ def not_finite(what: str, loss: float, may_pass: bool = False) -> None:
     line = f"iter {iter_num}: the {what} is not finite (loss {loss:.4g}, gradient norm "
     line += f"{norm:.4g}, learning rate {lr:.3g})"
     if not may_pass:
-        how = "--learning_rate" + " or --muon_lr_ratio" * (optimizer == "muon")
-        end_run(f"{line}; checkpoints are as they were; lower {how}")
+        how = "lower --learning_rate" + " or --muon_lr_ratio" * (optimizer == "muon")
+        how = how if iter_num > max(0, resumed_at) else "no step was made: look at its weights"
+        end_run(f"{line}; checkpoints are as they were; {how}")
     print(f"{line}; step skipped")
 
 
 # Where the run is: at its start, or where the checkpoint has it.
 run = checkpoint.NEW | (saved if saved and (resumes or eval_only) else {})
 iter_num, start_seconds = run["iter_num"], run["seconds"]
-best, measured = checkpoint.best_so_far(run, settings, data["val"])  # best: loss, iteration
+best = (run["best_val_loss"], run.get("best_iter", 0))  # the validation loss and its iteration,
+measured = [zlib.crc32(data["val"]), eval_iters, batch_size, block_size, seed]  # measured on this
 saved_is_best, decisions = run["is_best"], run.get("decisions")  # which experts were on
 resumed_at = saved_iter = iter_num if resumes and not eval_only else -1
-if MASTER and not eval_only:
-    track(settings)
-    with runtime.writing(path):
-        start_log(path.parent, iter_num if resumes else None)
+if best[0] < math.inf and run.get("measured", measured) != measured and evaluates and not eval_only:
+    now, (raw_model, kept) = raw_model, checkpoint.load_best(path, saved_is_best)
+    runtime.place(raw_model, device, fsdp)
+    best, raw_model = (estimate_loss("val"), kept["iter_num"]), now
+    print(f"what the loss is measured on has changed: at best {best[0]:.4f}, at step {best[1]}")
+if not eval_only:
+    log.start(settings, iter_num if resumes else None)
 size = f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}"
 times = f", reads the text {max_iters * tokens_per_iter / len(data['train']):.1f} times"
-print(f"{size}, {tokens_per_iter:,} tokens per iteration{'' if max_seconds else times}")
+times *= not (max_seconds or eval_only)
+print(f"{size}, {tokens_per_iter:,} tokens per iteration{times}")
 estimate_mfu(raw_model, 1, 1)  # measures the machine's peak, before the clock starts
-signals, losses = runtime.catch_signals(), {}  # losses: of the last evaluation
+signals, losses = [] if eval_only else runtime.catch_signals(), {}  # of the last evaluation
 start = last = time.perf_counter()
 last_iter, bad_steps, norm = iter_num, 0, math.nan  # bad steps in a row
 while True:
@@ -302,7 +301,7 @@ while True:
             not_finite("validation loss", losses["val_loss"])
         if not eval_only:
             experts, decisions = statistics(raw_model, data["val"], penalty_scale, decisions)
-            log_row({"iter": iter_num, **losses, "lr": lr, "seconds": seconds, **experts})
+            log.add(settings, {"iter": iter_num, **losses, "lr": lr, "seconds": seconds, **experts})
             improved = iter_num > 0 and losses["val_loss"] < best[0]
             best = (losses["val_loss"], iter_num) if improved else best
             if improved or (always_save_checkpoint and iter_num > 0):
@@ -346,16 +345,17 @@ while True:
         log_iteration(logged)
     iter_num += 1
 
-if stop and not finished:
+runtime.HANDLERS.close()
+(stop,) = agree(max([stop, *signals]))
+if stop:
     if evaluates and saved_iter != iter_num:
         save_checkpoint(is_best=False)
-    again = runtime.command_to_resume()
+    again = log.command_to_resume()
     print(f"stopped after {iter_num} iterations; saved {path}; to go on:\n  {again}")
     runtime.leave(128 + int(stop))
-runtime.HANDLERS.close()  # what is left to do is not saved
 if evaluates:
     if not eval_only and 0 < saved_iter < iter_num:  # the end was not worth a checkpoint
-        raw_model, kept = checkpoint.load_best(path)
+        raw_model, kept = checkpoint.load_best(path, saved_is_best, take_back=True)
         runtime.place(raw_model, device, fsdp)
         iter_num, seconds = kept["iter_num"], kept["seconds"]
         print(f"back to step {iter_num}, the best one, which {path} has")
@@ -364,17 +364,14 @@ if evaluates:
     shown = f"experts on {val['experts_on']:.1%}, " if has_experts else ""
     print(f"whole validation split: loss {loss:.4f}, {shown}{took}")
     if not eval_only:
-        log_row({"iter": iter_num, "whole_val_loss": loss, **val, "seconds": seconds})
-    if losses.get("val_loss", 0.0) > 1.01 * best[0] and not (max_seconds or eval_only):
+        log.add(settings, {"iter": iter_num, "whole_val_loss": loss, **val, "seconds": seconds})
+    follows = decay_lr and min_lr < learning_rate and settings["lr_decay_iters"] == 0
+    follows = follows and not (max_seconds or eval_only)
+    if follows and best[1] >= 2 * warmup_iters and losses.get("val_loss", 0.0) > 1.01 * best[0]:
         shorter = f"a run with --max_iters={best[1]} is likely to be better"
         print(f"the validation loss has risen since step {best[1]}: {shorter}")
     if not eval_only and not fsdp:  # which would gather all layers for each token
-        idx = torch.tensor([tokenizer.encode(tokenizer.prompt)], device=device)
-        torch.manual_seed(seed)
-        text = raw_model.generate(idx, 300, temperature=0.8, top_k=200)
-        print(f"\nA sample:\n{printable(tokenizer.decode(text[0].tolist()))}\n")
+        show_sample(raw_model, tokenizer, seed)
     if not eval_only and path.exists():
-        args = [str(Path(sys.argv[0]).with_name("sample.py")), f"--out_dir={out_dir}"]
-        args += [] if tokenizer.prompt == "\n" else [f"--start={tokenizer.prompt}"]
-        print("More of it:", printable(runtime.command(*args)))
+        print("More of it:", log.command_to_sample(out_dir, tokenizer.prompt))
 runtime.leave(0)

@@ -1,27 +1,21 @@
-"""What a run shows: its log, here and at wandb, its speed, and what the experts do.
+"""What a run shows: its speed, a sample, and what the experts do.
 
-train.py writes the log, and begins it by setting an earlier run's files aside. sample.py shows
-texts, in a terminal by `--show_experts`, as a page by `--html=FILE`. Probes and figures for the
-docs are in experiments/.
+sample.py shows texts, in a terminal by `--show_experts`, as a page by `--html=FILE`. Probes and
+figures for the docs are in experiments/.
 """
 
 import base64
 import codecs
 import hashlib
 import json
-import math
-import os
-import sys
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import write_whole
 from configurator import pick_dtype, printable
 from model import Attention, ParallelEncoderDecoder, evaluation, mask_statistics, window_start
 from prepare_shakespeare import Tokenizer
@@ -51,73 +45,6 @@ def expert_statistics(
     return {name: value.tolist() for name, value in stats.items()} | weights, decisions
 
 
-def append_row(path: Path, row: dict[str, float | list]) -> None:
-    """Appends a row of JSON to a file, all of it or nothing. OSError where it cannot. Where a run
-    that was finished is closed again, the row is there already."""
-    before, name = 0, "whole_val_loss"
-    try:
-        with open(path, "a+", encoding="utf-8") as file:
-            before = file.tell()
-            if name in row:  # the only row for which the log is read
-                file.seek(0)
-                last = json.loads((file.read().splitlines() or ["{}"])[-1])
-                if all(last.get(k) == row[k] for k in ("iter", name)):
-                    return
-            file.write(json.dumps(row) + "\n")
-    except OSError:
-        with suppress(OSError):  # where not even the file could be made
-            os.truncate(path, before)  # no half a line
-        raise
-
-
-def track(settings: dict[str, Any], row: dict[str, Any] | None = None) -> None:
-    """Begins a run at wandb where that is asked for, or gives it a row. Where that fails a line on
-    stderr says why, and the run goes on: log.jsonl has all rows."""
-    if not settings["wandb_log"]:
-        return
-    try:
-        import wandb
-
-        if row is None:
-            names = dict(project=settings["wandb_project"], name=settings["wandb_run_name"])
-            wandb.init(**names, config=dict(settings))
-        else:
-            wandb.log({name: float(np.mean(value)) for name, value in row.items()})
-    except Exception as error:
-        settings["wandb_log"] = False
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        lacks = isinstance(error, (ImportError, AttributeError))  # the latter of a folder wandb/
-        advice = "; try pip install wandb" * lacks
-        print(f"wandb_log=True: goes on without ({reason:.200}){advice}", file=sys.stderr)
-
-
-def start_log(folder: Path, resumed_at: int | None) -> None:
-    """Of a new run: renames the files of an earlier one to *.old, in place of those of the run
-    before it. Of a resumed one: takes out of the log what the run will write again."""
-    if resumed_at is not None:
-        log = folder / "log.jsonl"
-        rows = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-        kept = [row for row in rows if iteration(row) <= resumed_at]
-        if kept != rows:
-            write_whole(log, lambda file: file.write("".join(kept).encode()))
-        return
-    for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):
-        path, old = folder / name, folder / f"{name}.old"
-        if path.exists():
-            os.replace(path, old)
-            print(f"{path}, of an earlier run, is now {old.name}")
-            if name == "ckpt.pt":  # whose best one is not that of the run before
-                (folder / "ckpt_best.pt.old").unlink(missing_ok=True)
-
-
-def iteration(row: str) -> float:
-    """That of a row of the log; infinity where the row is not whole."""
-    try:
-        return json.loads(row)["iter"]
-    except (ValueError, LookupError, TypeError):
-        return math.inf
-
-
 def estimate_mfu(
     model: ParallelEncoderDecoder, fwdbwd_per_iter: float, dt: float, peak_flops: float = 0.0
 ) -> float:
@@ -142,6 +69,14 @@ def gemm_peak(device: str) -> float:
     a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
     return 2 * n**3 / timer.blocked_autorange(min_run_time=0.2).median
+
+
+def show_sample(model: ParallelEncoderDecoder, tokenizer: Tokenizer, seed: int) -> None:
+    """Prints what the model writes behind the tokenizer's prompt."""
+    idx = torch.tensor([tokenizer.encode(tokenizer.prompt)], device=model.tok_emb.weight.device)
+    torch.manual_seed(seed)
+    text = model.generate(idx, 300, temperature=0.8, top_k=200)
+    print(f"\nA sample:\n{printable(tokenizer.decode(text[0].tolist()))}\n")
 
 
 class Seen(NamedTuple):

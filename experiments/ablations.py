@@ -32,7 +32,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
-from configurator import reader_gone  # noqa: E402
+from configurator import fail  # noqa: E402
 from model import Context, Mask, attend, stacked, tail  # noqa: E402
 
 Classes = tuple[type, ...]
@@ -416,8 +416,8 @@ def main(argv: list[str]) -> None:
             print(__doc__)
             for name, ablation in ABLATIONS.items():
                 print(f"{usage(name)}\n{textwrap.indent(inspect.getdoc(ablation), '    ')}")
-        except BrokenPipeError:
-            reader_gone()
+        except OSError as error:
+            fail(error)
         return
     named = [argv.pop(0)]
     while argv and argv[0].endswith(")"):
@@ -426,8 +426,7 @@ def main(argv: list[str]) -> None:
         for text in named:
             apply(read(text))
     except ValueError as error:
-        print(f"ablations.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     import checkpoint  # only now, since it takes its classes from model.py
 
     checkpoint.ABLATIONS[:] = named

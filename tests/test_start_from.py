@@ -90,7 +90,7 @@ def test_a_new_run_may_have_another_block(positions, block_size, place, capsys):
     args += ("--learning_rate=1e-9", "--min_lr=0", "--weight_decay=0", "--dataset=mine")
     status = call(*args, "--init_from=a", tiny=False)
     if positions == "learned" and block_size > 16:
-        said = "block_size: a/ckpt.pt has learned positions for 16 tokens, no more"
+        said = "--block_size=24: a/ckpt.pt has learned positions for 16 tokens, no more"
         assert status == 2 and said in capsys.readouterr().err
         return
     assert status == 0

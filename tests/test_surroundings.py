@@ -3,7 +3,6 @@
 import codecs
 import importlib
 import json
-import math
 import os
 import pty
 import re
@@ -15,12 +14,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import configurator
+import log
 import runtime
 from checkpoint import load
 from common import (
@@ -36,8 +34,8 @@ from common import (
     start_and_signal,
     succeed,
 )
+from log import track
 from prepare_shakespeare import load_data, prepare
-from view import track
 
 GLOBALS = {"__doc__": "", "__file__": __file__, "out_dir": "out", "name": "a", "device": "cpu"}
 GLOBALS["PATHS"] = ("out_dir",)
@@ -325,15 +323,23 @@ def test_a_package_that_does_not_work_is_said_in_one_line(name, tmp_path, monkey
     assert (tmp_path / "data/mine/meta.json").exists()
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps", "cuda:7", "xpu", "a" * 99])
-def test_a_device_that_is_not_there(device, capsys):
-    if device == "mps" and torch.backends.mps.is_available():
-        pytest.skip("it is there")
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    "device", ["cuda", "mps", "cuda:7", "xpu", "meta", "hpu", "mkldnn", "privateuseone", "a" * 99]
+)
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_device_that_is_not_there(gpus, device, monkeypatch, workplace, capsys):
+    """In one line, also from Python."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError) as caught:
         configurator.pick_device(device)
-    line = capsys.readouterr().err
-    assert f"device={device!r:.20}: " in line and "; this machine has cpu" in line
-    assert len(line.partition(": ")[2]) <= 101 and line.count("\n") == 1
+    line = str(caught.value)
+    assert line.startswith(f"device={device!r:.20}: ") and "\n" not in line and len(line) <= 100
+    assert line.endswith("; this machine has cuda:0 to cuda:7, cpu" if gpus else "has cpu")
+    monkeypatch.chdir(workplace)
+    if not gpus:
+        assert call(f"--device={device}") == 2
+        assert capsys.readouterr().err == f"train.py: {line}\n"
 
 
 # ---- inside a process, as a notebook's --------------------------------------
@@ -448,8 +454,8 @@ def test_the_command_to_resume(argv, orig, ablations, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", argv.split())
     monkeypatch.setattr(sys, "orig_argv", orig.split())
-    monkeypatch.setattr(runtime, "ABLATIONS", ablations)
-    assert runtime.command_to_resume() == f"{expected} --init_from=resume"
+    monkeypatch.setattr(log, "ABLATIONS", ablations)
+    assert log.command_to_resume() == f"{expected} --init_from=resume"
 
 
 # ---- the log, and the best loss ---------------------------------------------
@@ -476,20 +482,46 @@ def test_a_log_has_each_iteration_once(workplace):
     assert evaluations(workplace / "out") == rows and whole == expected[:5]
 
 
-@pytest.mark.parametrize("change", ["eval_iters", "batch_size", "block_size", "seed", "val", None])
-def test_a_best_loss_counts_only_where_it_was_measured(change, capsys):
-    settings = dict(eval_iters=2, batch_size=4, block_size=16, seed=1)
-    val = np.arange(99, dtype=np.uint16)
-    first, measured = checkpoint.best_so_far(checkpoint.NEW, settings, val)
-    run = {"best_val_loss": 0.5, "best_iter": 10, "measured": measured}
-    assert first == (math.inf, 0) and checkpoint.best_so_far(run, settings, val)[0] == (0.5, 10)
-    if change == "val":
-        val = val[::-1].copy()
-    elif change:
-        settings[change] += 1
-    best, now = checkpoint.best_so_far(run, settings, val)
-    assert (best, now != measured) == (((math.inf, 0), True) if change else ((0.5, 10), False))
-    assert ("its best starts anew" in capsys.readouterr().out) == bool(change)
+@pytest.mark.parametrize("kept", ["ckpt.pt", "ckpt_best.pt"])
+@pytest.mark.parametrize("change", ["--eval_iters=7", "--batch_size=9", "--seed=5", None])
+def test_a_best_loss_is_that_of_the_best_model_on_what_is_measured_now(
+    change, kept, workplace, monkeypatch, capsys
+):
+    """It is measured anew, and what was kept as the best one is not lost to a worse one."""
+    monkeypatch.chdir(workplace)
+    assert call("--always_save_checkpoint=False") == 0
+    best = torch.load("out/ckpt.pt", weights_only=True)
+    if kept == "ckpt_best.pt":  # as if it had been stopped after its best evaluation
+        os.rename("out/ckpt.pt", "out/ckpt_best.pt")
+        torch.save(best | {"is_best": False, "iter_num": 21}, "out/ckpt.pt")
+    capsys.readouterr()
+    how = ("--learning_rate=3.0", "--decay_lr=False", "--init_from=resume", "--max_iters=40")
+    assert call(*([change] if change else []), *how, tiny=False) == 0  # gets worse
+    printed = capsys.readouterr().out
+    after = torch.load("out/ckpt.pt", weights_only=True)
+    assert all(torch.equal(after["model"][k], w) for k, w in best["model"].items())
+    assert after["iter_num"] == best["iter_num"] and not os.path.exists("out/ckpt_best.pt")
+    assert bool(change) == ("what the loss is measured on has changed: at best " in printed)
+    if change and kept == "ckpt.pt":
+        loss = re.search(r"has changed: at best (\S+), at step 20\n", printed)[1]
+        assert call(change, "--init_from=resume", "--eval_only", tiny=False) == 0
+        assert f", val loss {loss}\n" in capsys.readouterr().out
+
+
+def test_a_best_checkpoint_that_a_kill_left_is_not_taken_for_the_best(workplace, monkeypatch):
+    """The kill came when the new best one was saved, and the older one not yet removed."""
+    monkeypatch.chdir(workplace)
+    how = ("--always_save_checkpoint=False", "--out_dir=out")
+    assert call(*how) == 0
+    best = torch.load("out/ckpt.pt", weights_only=True)
+    assert best["is_best"] and best["iter_num"] == 20
+    torch.save(best | {"iter_num": 10, "best_val_loss": 9.0, "best_iter": 10}, "out/ckpt_best.pt")
+    more = ("--init_from=resume", "--learning_rate=3.0", "--decay_lr=False", "--max_iters=40")
+    assert call(*more, tiny=False) == 0
+    after = torch.load("out/ckpt.pt", weights_only=True)
+    assert after["iter_num"] == 20 and after["is_best"]
+    closing = [row["iter"] for row in evaluations(workplace / "out") if "whole_val_loss" in row]
+    assert closing == [20]  # of the same weights, once
 
 
 def test_a_run_that_goes_on_with_another_text_saves_its_best(prepared, tmp_path):
@@ -508,6 +540,6 @@ def test_a_run_that_goes_on_with_another_text_saves_its_best(prepared, tmp_path)
     succeed(tmp_path, "train.py", *args)
     assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["iter_num"] == 20
     printed = succeed(tmp_path, "train.py", *args, "--dataset=other")
-    assert "measured on other data than before: its best starts anew" in printed
+    assert "what the loss is measured on has changed: at best " in printed
     found = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert found["iter_num"] > 20 and found["best_val_loss"] > 0.5 and found["is_best"]

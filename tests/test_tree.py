@@ -51,9 +51,8 @@ def test_each_file_has_a_header():
 
 def test_imports_go_one_way():
     """From the text to the tokens, the model, the checkpoint, the script."""
-    order = (
-        "configurator prepare_shakespeare model muon checkpoint runtime view train sample".split()
-    )
+    order = "configurator prepare_shakespeare model muon checkpoint runtime log view train"
+    order = [*order.split(), "sample"]
     for k, name in enumerate(order):
         found = re.findall(
             r"(?m)^\s*(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text("utf-8")
@@ -67,8 +66,6 @@ def test_the_top_of_the_tree_is_what_the_readme_lists():
     if not top:
         pytest.skip("not a clone")
     files = "README.md model.py train.py sample.py prepare_shakespeare.py muon.py configurator.py"
-    files += (
-        " checkpoint.py runtime.py view.py view.html config test_model.py tests docs experiments"
-    )
-    files += " assets .ci .github LICENSE pyproject.toml .gitignore requirements.txt"
+    files += " checkpoint.py runtime.py log.py view.py view.html config test_model.py tests docs"
+    files += " experiments assets .ci .github LICENSE pyproject.toml .gitignore requirements.txt"
     assert top == {*files.split(), "requirements-dev.txt"}

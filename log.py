@@ -1,0 +1,169 @@
+"""A run's folder: its lock, its log, which wandb gets too, and what is set aside of an earlier run;
+and the commands that go on from there, as the run prints them.
+"""
+
+import json
+import math
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+
+from checkpoint import ABLATIONS, write_whole
+from configurator import UNDO, fail, printable
+from runtime import DDP, MASTER, WORLD_SIZE, writing
+
+
+def lock_folder(settings: dict[str, Any]) -> None:
+    """Makes out_dir, where this run writes, and locks it to the end of the script: one run at a
+    time. Where there are no such locks, as on Windows, two runs are not told apart."""
+    folder, resumes = settings["out_dir"], settings["init_from"] == "resume"
+    if not MASTER or settings["eval_only"] or (resumes and not os.path.exists(folder)):
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = UNDO.enter_context(open(Path(folder, ".lock"), "w", encoding="utf-8"))
+    except OSError as error:
+        fail(f"out_dir={folder!r}: cannot be used: {error.strerror}")
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"out_dir={folder!r}: another run is writing there; choose another --out_dir")
+
+
+def start(settings: dict[str, Any], resumed_at: int | None) -> None:
+    """Begins the log of a new run, or of one `resumed_at` an iteration, here and at wandb."""
+    if MASTER:
+        track(settings)
+        with writing((folder := Path(settings["out_dir"])) / "ckpt.pt"):
+            start_log(folder, resumed_at)
+
+
+def add(settings: dict[str, Any], row: dict[str, float | list]) -> None:
+    """Appends a row to out_dir/log.jsonl, and gives it to wandb where asked for."""
+    if MASTER:
+        with writing(path := Path(settings["out_dir"], "log.jsonl")):
+            append_row(path, row)
+        track(settings, row)
+
+
+def start_log(folder: Path, resumed_at: int | None) -> None:
+    """Of a new run: renames the files of an earlier one to *.old, in place of those of the run
+    before it. Of a resumed one: takes out of the log what the run will write again, and what is no
+    row."""
+    log, saved = folder / "log.jsonl", (folder / "ckpt.pt").exists()
+    if resumed_at is not None:
+        rows = [row for row in read_log(folder) if row["iter"] <= resumed_at]
+        kept = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+        if log.exists() and log.read_bytes() != kept:
+            write_whole(log, lambda file: file.write(kept))
+        return
+    if not saved and (folder / "ckpt.pt.old").exists() and (folder / "log.jsonl.old").exists():
+        log.unlink(missing_ok=True)  # what saved nothing must not displace a run that did
+    for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):
+        path, old = folder / name, folder / f"{name}.old"
+        if saved:  # these names are of one run, or none
+            old.unlink(missing_ok=True)
+        if path.exists():
+            os.replace(path, old)
+            print(f"{path}, of an earlier run, is now {old.name}")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the log in a folder; what is not a whole row is left out."""
+    rows, path = [], folder / "log.jsonl"
+    raw = path.read_bytes() if path.exists() else b""
+    for line in raw.decode("utf-8-sig", "replace").splitlines():
+        with suppress(ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+            row = json.loads(line)
+            rows += [row] if math.isfinite(row["iter"]) else []
+    return rows
+
+
+def append_row(path: Path, row: dict[str, float | list]) -> None:
+    """Appends a row of JSON to a file, all of it or nothing. OSError where it cannot. Where a run
+    that was finished is closed again, the row is there already."""
+    before, name = None, "whole_val_loss"
+    for old in read_log(path.parent) if name in row else ():
+        same = math.isclose(old.get(name, 0.0), row[name], rel_tol=1e-4)
+        if same and old["iter"] == row["iter"]:
+            return
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            before = file.tell()
+            file.write(json.dumps(row) + "\n")
+    except OSError:
+        with suppress(OSError, TypeError):  # the latter where it could not be opened
+            os.truncate(path, before)  # no half a line
+        raise
+
+
+def track(settings: dict[str, Any], row: dict[str, Any] | None = None) -> None:
+    """Begins a run at wandb where that is asked for, or gives it a row. Where that fails a line on
+    stderr says why, and the run goes on: log.jsonl has all rows."""
+    if not settings["wandb_log"]:
+        return
+    try:
+        import wandb
+
+        if row is None:
+            names = dict(project=settings["wandb_project"], name=settings["wandb_run_name"])
+            UNDO.callback(end_tracking)
+            wandb.init(**names, config=dict(settings))
+        else:
+            wandb.log({name: float(np.mean(value)) for name, value in row.items()})
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a broken package raises
+        settings["wandb_log"] = False
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        lacks = isinstance(error, (ImportError, AttributeError))  # the latter of a folder wandb/
+        advice = "; try pip install wandb" * lacks
+        print(f"wandb_log=True: goes on without ({reason:.200}){advice}", file=sys.stderr)
+
+
+def end_tracking() -> None:
+    with suppress(Exception, SystemExit):
+        sys.modules["wandb"].finish()
+
+
+def shell(args: list[str]) -> str:
+    """The arguments as one types them in a shell; bytes that a terminal does not show are spelled
+    out, as bash and zsh read them."""
+    spelled = {b: f"\\x{b:02x}" for b in (*range(32), *b"'\\", *range(127, 256))}
+
+    def quoted(arg: str) -> str:
+        if printable(arg) == arg and "\n" not in arg:
+            return quote(arg)
+        return f"$'{os.fsencode(arg).decode('latin-1').translate(spelled)}'"
+
+    return " ".join(map(quoted, args))
+
+
+def command(*args: str) -> str:
+    """The command that calls a script with this Python, and with the ablations of this run."""
+    by = [os.path.relpath(Path(__file__).parent / "experiments/ablations.py")] if ABLATIONS else []
+    return shell([sys.orig_argv[0], *by, *ABLATIONS, *args])
+
+
+def command_to_sample(out_dir: str, prompt: str) -> str:
+    """The command that draws texts from this run."""
+    start = [] if prompt == "\n" else [f"--start={prompt}"]
+    return command(str(Path(sys.argv[0]).with_name("sample.py")), f"--out_dir={out_dir}", *start)
+
+
+def command_to_resume() -> str:
+    """The command that goes on with this run."""
+    args = [*(arg for arg in sys.argv if not arg.startswith("--init_from=")), "--init_from=resume"]
+    if not DDP:
+        return command(*args)
+    alone = (os.environ.get("LOCAL_WORLD_SIZE") or str(WORLD_SIZE)) == str(WORLD_SIZE)
+    how = f"--standalone --nproc_per_node={WORLD_SIZE}" if alone else "(with the options as before)"
+    return f"torchrun {how} {shell(args)}"

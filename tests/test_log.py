@@ -1,0 +1,90 @@
+"""Tests of log.py: the log after damage, what is set aside, and the commands that are printed."""
+
+import json
+import shlex
+import subprocess
+
+import pytest
+
+import log
+
+ROWS = [{"iter": k, "val_loss": 4.0 - k / 100} for k in (0, 10, 20)]
+TEXT = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        TEXT,
+        TEXT.rstrip(b"\n"),
+        b"\xef\xbb\xbf" + TEXT,
+        TEXT.replace(b"\n", b"\r\n"),
+        TEXT + b'{"iter": 30, "val_loss": 3.0}\n',  # beyond the checkpoint
+        TEXT + b'{"iter": 20, "val_\n',
+        TEXT + b"\xff\xfe\x00\n",
+        TEXT + b'{"iter": "x"}\n{"iter": null}\n[1]\nnull\n{}\n{"iter": NaN}\n\n',
+        TEXT + b'{"iter": 1' + b"0" * 400 + b"}\n",
+    ],
+)
+def test_a_resumed_run_goes_on_with_the_rows_that_are_whole(raw, tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(raw)
+    log.start_log(tmp_path, 20)
+    assert (tmp_path / "log.jsonl").read_bytes() == TEXT
+    log.append_row(tmp_path / "log.jsonl", {"iter": 30})
+    assert log.read_log(tmp_path) == [*ROWS, {"iter": 30}]
+
+
+def test_a_closing_row_comes_once(tmp_path):
+    """Also behind others, and where the last digits differ; another loss is another text's."""
+    path, closing = tmp_path / "log.jsonl", {"iter": 20, "whole_val_loss": 3.5}
+    for row in (*ROWS, closing, {"iter": 30}, closing, {"iter": 20, "whole_val_loss": 3.5000001}):
+        log.append_row(path, row)
+    assert log.read_log(tmp_path) == [*ROWS, closing, {"iter": 30}]
+    log.append_row(path, other := {"iter": 20, "whole_val_loss": 5.0})
+    assert log.read_log(tmp_path)[-1] == other
+
+
+def test_a_log_that_cannot_be_opened_stays_as_it_is(tmp_path, monkeypatch):
+    """As where a process has too many files open."""
+
+    def no_more(*args, **how):
+        raise OSError(24, "Too many open files")
+
+    (tmp_path / "log.jsonl").write_bytes(TEXT)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", no_more)
+        with pytest.raises(OSError):
+            log.append_row(tmp_path / "log.jsonl", {"iter": 30})
+    assert (tmp_path / "log.jsonl").read_bytes() == TEXT
+
+
+def test_what_is_set_aside_is_of_one_run(tmp_path):
+    """A run that fails before its first checkpoint takes nothing from the one before it."""
+
+    def run(name, *files):
+        log.start_log(tmp_path, None)
+        for file in files:
+            (tmp_path / file).write_text(name)
+
+    def old():
+        return {path.name: path.read_text() for path in tmp_path.glob("*.old")}
+
+    run("a", "ckpt.pt", "ckpt_best.pt", "log.jsonl")
+    run("b", "log.jsonl")
+    of_a = {f"{name}.old": "a" for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl")}
+    assert old() == of_a
+    run("c", "log.jsonl", "ckpt.pt")
+    assert old() == of_a
+    run("d")
+    assert old() == {"ckpt.pt.old": "c", "log.jsonl.old": "c"}
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", "e\x1bx", "n\nl", "a\u200db", "é", "\\x41", "$HOME"]
+)
+def test_a_shell_reads_a_printed_command_as_it_was_meant(name):
+    line = log.shell(["printf", "%s", name])
+    assert line.isprintable()
+    done = subprocess.run(["bash", "-c", line], capture_output=True, check=True)
+    assert done.stdout.decode() == name
+    assert "$'" in line or shlex.split(line) == ["printf", "%s", name]
