@@ -72,8 +72,14 @@ def gemm_peak(device: str) -> float:
 
 
 def show_sample(model: ParallelEncoderDecoder, tokenizer: Tokenizer, seed: int) -> None:
-    """Prints what the model writes behind the tokenizer's prompt."""
-    idx = torch.tensor([tokenizer.encode(tokenizer.prompt)], device=model.tok_emb.weight.device)
+    """Prints what the model writes behind the tokenizer's prompt; or why it cannot, as where the
+    encoding of gpt2 is not on this machine."""
+    try:
+        ids = tokenizer.encode(tokenizer.prompt)
+    except OSError as error:
+        print(f"no sample: {error}")
+        return
+    idx = torch.tensor([ids], device=model.tok_emb.weight.device)
     torch.manual_seed(seed)
     text = model.generate(idx, 300, temperature=0.8, top_k=200)
     print(f"\nA sample:\n{printable(tokenizer.decode(text[0].tolist()))}\n")

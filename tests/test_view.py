@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from common import OFFLINE, ROOT, run, start
 from configurator import printable
 from model import ModelConfig, ParallelEncoderDecoder
 from prepare_shakespeare import Tokenizer
-from view import Seen, in_colour, see, write_html
+from view import Seen, in_colour, see, show_sample, write_html
 
 CHARACTERS = 'abcdefgh<&"\n\x1b\u202e é'
 
@@ -52,6 +53,13 @@ def folder(tmp_path, model, tokenizer):
     (tmp_path / "out").mkdir()
     torch.save(saved, tmp_path / "out/ckpt.pt")
     return tmp_path
+
+
+def test_a_sample_that_cannot_be_drawn_is_said(model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    show_sample(model, Tokenizer("gpt2"), 1)
+    said = "no sample: --tokenizer=gpt2 needs tiktoken: pip install tiktoken ("
+    assert capsys.readouterr().out.startswith(said)
 
 
 def test_what_is_seen_is_what_generation_read(model, tokenizer):
