@@ -97,13 +97,13 @@ def load_best(
     """As `load_checkpoint`, of the best model of a run whose last one, at `path`, is_best or not;
     with `take_back` it takes that one's place."""
     older = path.with_name("ckpt_best.pt")  # beside a best one it is left from a kill
-    if is_best or not older.exists():
-        return load_checkpoint(path)
-    if take_back:
+    if not is_best and older.exists():
         with suppress(ValueError, FileNotFoundError):  # damaged, or another process has moved it
-            load_checkpoint(older)
-            os.replace(older, path)
-    return load_checkpoint(path if take_back else older)
+            best = load_checkpoint(older)
+            if take_back:
+                os.replace(older, path)
+            return best
+    return load_checkpoint(path)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import copy
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, write_whole
+from checkpoint import load_best, load_checkpoint, write_whole
 from common import TINY, fails_with, succeed
 
 
@@ -200,3 +201,12 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
         )
         fails_with("out/ckpt.pt: not a", tmp_path, "sample.py", "--device=cpu")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("take_back", [False, True])
+def test_a_best_checkpoint_that_is_damaged_takes_the_place_of_none(take_back, trained, tmp_path):
+    shutil.copytree(trained[0] / "whole", tmp_path / "out")
+    path, whole = tmp_path / "out/ckpt.pt", (tmp_path / "out/ckpt.pt").read_bytes()
+    path.with_name("ckpt_best.pt").write_bytes(whole[: len(whole) // 2])
+    assert load_best(path, False, take_back)[1]["iter_num"] == 20
+    assert path.read_bytes() == whole
