@@ -91,6 +91,7 @@ def test_commands_and_code_run(name, prepared, tmp_path, monkeypatch):
         (tmp_path / "config/longer.py").write_text(code, "utf-8")
     for text in ("README.md", "LICENSE"):
         shutil.copy(ROOT / text, tmp_path)
+    shutil.copy(ROOT / "README.md", tmp_path / "story.txt")
     shutil.copy(ROOT / "model.py", tmp_path / "data/shakespeare.txt")  # as it was fetched before
     lines = "".join(blocks(name, "sh")).replace("\\\n", " ").splitlines()
     commands = [shlex.split(command) for line in lines for command in line.split(" && ")]
