@@ -126,7 +126,7 @@ def test_where_no_run_can_begin_a_line_says_why(args, said, place, capsys):
     assert len(lines) == 1 and lines[0].startswith(f"train.py: {said}"), lines
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", ""])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "model.", ""])
 def test_weights_of_a_compiled_or_distributed_model_load(prefix, place):
     state = saved(place / "a")
     state["model"] = {prefix + name: weight for name, weight in state["model"].items()}
@@ -134,6 +134,25 @@ def test_weights_of_a_compiled_or_distributed_model_load(prefix, place):
     found, expected = load_checkpoint(place / "other.pt")[0].state_dict(), weights(place / "a")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_trained_in_float32(dtype, place):
+    state = saved(place / "a")
+    state["model"] = {name: weight.to(dtype) for name, weight in state["model"].items()}
+    torch.save(state, place / "half.pt")
+    found = load_checkpoint(place / "half.pt")[0].state_dict()
+    for name, weight in state["model"].items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], weight.float())
+
+
+def test_a_link_to_a_checkpoint_of_out_dir_is_no_other_folder(place, capsys):
+    (place / "link.pt").symlink_to(place / "a/ckpt.pt")
+    before = (place / "a/ckpt.pt").read_bytes()
+    assert call("--init_from=link.pt", "--out_dir=a", tiny=False) == 2
+    said = "out_dir='a': a new run from link.pt needs another folder\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert (place / "a/ckpt.pt").read_bytes() == before
 
 
 # ---- small texts ------------------------------------------------------------

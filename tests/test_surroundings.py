@@ -76,7 +76,7 @@ def test_a_sample_is_printed_in_any_encoding(encoding, shown, chinese):
 # ---- signals ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU"])
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU", "SIGQUIT", "SIGUSR1"])
 def test_whatever_asks_to_stop_saves(name, workplace):
     number = getattr(signal, name)
     printed, status = start_and_signal(workplace, number, *LONG)
@@ -351,7 +351,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 def state_of_process():
     handlers = [signal.getsignal(n) for n in SIGNALS]
     precision = torch.get_float32_matmul_precision()
-    return [*handlers, sys.excepthook, sys.stdout, sys.stderr, precision, os.getcwd()]
+    ways = [(s.errors, s.line_buffering) for s in (sys.stdout, sys.stderr)]
+    rng = torch.get_rng_state().tolist()
+    return [*handlers, sys.excepthook, sys.stdout, sys.stderr, precision, os.getcwd(), ways, rng]
 
 
 @pytest.mark.parametrize(
