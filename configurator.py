@@ -62,8 +62,7 @@ def override(script_globals: Mapping[str, Any], argv: list[str]) -> Settings:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what cannot be shown is replaced; lines come soon
-            ways = dict(errors=stream.errors, line_buffering=stream.line_buffering)
-            UNDO.callback(put_back, stream, **ways)
+            UNDO.callback(put_back, stream, stream.errors, stream.line_buffering)
             stream.reconfigure(errors="replace", line_buffering=True)
     settings = Settings(script_globals)
     if "--help" in argv or "-h" in argv:
@@ -295,22 +294,23 @@ def decode(raw: bytes) -> str:
 def fail(reason: str | Exception, status: int = 2) -> NoReturn:
     """Ends the process with one line on stderr that names the script, and with this exit status;
     quietly where what reads its stdout, such as head, reads no more."""
-    if gone := isinstance(reason, BrokenPipeError):
+    if isinstance(reason, BrokenPipeError):
         status = 128 + 13  # SIGPIPE, which Windows lacks
-    line = reason if isinstance(reason, str) else str(reason).partition("\n")[0]
-    line = f"{Path(sys.argv[0]).name}: {printable(line)}".replace("\n", "\\n")
-    print(line * (not gone), file=sys.stderr, end="\n" * (not gone))
+    else:
+        line = reason if isinstance(reason, str) else str(reason).partition("\n")[0]
+        line = printable(line).replace("\n", "\\n")
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     UNDO.close()
     sys.exit(status)
 
 
-def put_back(stream: Any, **ways: Any) -> None:
+def put_back(stream: Any, errors: str, line_buffering: bool) -> None:
     """Gives a stream back the ways that it had."""
     try:
         stream.flush()
     except OSError:
         to_nowhere(stream)
-    stream.reconfigure(**ways)
+    stream.reconfigure(errors=errors, line_buffering=line_buffering)
 
 
 def to_nowhere(stream: Any) -> None:

@@ -58,13 +58,14 @@ def start_log(folder: Path, resumed_at: int | None) -> None:
     """Of a new run: renames the files of an earlier one to *.old, in place of those of the run
     before it. Of a resumed one: takes out of the log what the run will write again, and what is no
     row."""
-    log, saved = folder / "log.jsonl", (folder / "ckpt.pt").exists()
+    log = folder / "log.jsonl"
     if resumed_at is not None:
         rows = [row for row in read_log(folder) if row["iter"] <= resumed_at]
         kept = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
         if log.exists() and log.read_bytes() != kept:
             write_whole(log, lambda file: file.write(kept))
         return
+    saved = (folder / "ckpt.pt").exists()
     if not saved and (folder / "ckpt.pt.old").exists() and (folder / "log.jsonl.old").exists():
         log.unlink(missing_ok=True)  # what saved nothing must not displace a run that did
     for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):

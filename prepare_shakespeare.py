@@ -121,10 +121,6 @@ class Tokenizer:
         except KeyError as error:
             raise ValueError(f"the vocabulary has no character {error.args[0]!r}") from None
 
-    def read(self, raw: bytes) -> str:
-        """The text of a file: as an editor writes one, or of bytes, any. UnicodeDecodeError."""
-        return raw.decode("utf-8", "surrogateescape") if self.kind == "byte" else decode(raw)
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The text of the ids in UTF-8; a byte or a BPE token can end inside a character."""
         if self.kind == "gpt2":
@@ -135,6 +131,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def text_of(raw: bytes, kind: str) -> str:
+    """The text of a file for a tokenizer of this kind: as an editor writes one, or of bytes, any,
+    as it stands. UnicodeDecodeError where it is none."""
+    return raw.decode("utf-8", "surrogateescape") if kind == "byte" else decode(raw)
 
 
 def prepare(
@@ -156,7 +158,7 @@ def prepare(
     source = SOURCES.get(digest, found)
     print(f"  it is {source}")
     try:
-        text = raw.decode("utf-8", "surrogateescape") if kind == "byte" else decode(raw)
+        text = text_of(raw, kind)
     except UnicodeDecodeError as error:
         where = f"{error.reason} at byte {error.start:,}"
         raise ValueError(f"{source}: not UTF-8 ({where}); use --tokenizer=byte") from None

@@ -27,6 +27,7 @@ from configurator import (
     printable,
 )
 from model import compile_step
+from prepare_shakespeare import text_of
 from view import in_colour, see, write_html
 
 # -----------------------------------------------------------------------------
@@ -92,7 +93,7 @@ try:
     if start.startswith("FILE:"):
         start_path = start.removeprefix("FILE:")
         try:
-            start = tokenizer.read(Path(start_path).expanduser().read_bytes())
+            start = text_of(Path(start_path).expanduser().read_bytes(), tokenizer.kind)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"start: cannot read the file {start_path!r}: {reason}") from None

@@ -158,7 +158,7 @@ try:
 except (ValueError, OSError, RuntimeError) as error:  # the last: no memory
     if (DDP and "gloo" in str(error)) or getattr(error, "errno", 0) in runtime.UNWRITTEN:
         raise  # another process has failed, and said why; or stdout has
-    fail(str(error).partition("\n")[0])
+    fail(error)
 model = torch.compile(raw_model) if compile and runtime.compiler_works(device) else raw_model
 model = DistributedDataParallel(model) if DDP and not fsdp else model
 params, has_experts = list(raw_model.parameters()), raw_model.config.n_expert > 0
