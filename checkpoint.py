@@ -98,11 +98,13 @@ def load_best(
     with `take_back` it takes that one's place."""
     older = path.with_name("ckpt_best.pt")  # beside a best one it is left from a kill
     if not is_best and older.exists():
-        with suppress(ValueError, FileNotFoundError):  # damaged, or another process has moved it
+        try:
             best = load_checkpoint(older)
             if take_back:
                 os.replace(older, path)
             return best
+        except ValueError as error:
+            print(f"{error}; takes the last one in place of the best")
     return load_checkpoint(path)
 
 
@@ -199,8 +201,7 @@ def start_from(path: Path, settings: Settings) -> tuple[dict[str, Any] | None, P
         fail(f"{source}: has no entry {name!r}; it was not written by this train.py")
     args, kept = saved["model_args"], []
     of_run = settings.defaults | saved.setdefault("config", {}) | args
-    fixed = args.keys() - MAY_CHANGE - ({"block_size"} if new else set())
-    fixed |= set() if new else {"optimizer"}
+    fixed = {*args, "optimizer"} - MAY_CHANGE - ({"block_size", "optimizer"} if new else set())
     for name in sorted(of_run.keys() - OF_EACH_CALL - {"vocab_size"}, key=str):
         value = check(name, of_run[name], settings, str(source))
         where, differs = settings.where.get(name, ""), settings[name] != value
@@ -220,7 +221,6 @@ def start_from(path: Path, settings: Settings) -> tuple[dict[str, Any] | None, P
         print(f"the run keeps {', '.join(kept)}, not a config file's{how}")
     if not new and (now := settings["max_iters"]) != (old := of_run["max_iters"]):
         print(f"max_iters={now}, not {old}: where lr_decay_iters, penalty_iters are 0, they follow")
-    of = "" if new else f" of {settings['max_iters']}"
     begins = "a new run from the weights of" if new else "goes on from"
-    print(f"{begins} {source}, saved after {saved.get('iter_num', 0)}{of} iterations")
+    print(f"{begins} {source}, saved after {saved.get('iter_num', 0)} iterations")
     return saved, source

@@ -16,7 +16,6 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from difflib import get_close_matches
-from math import isfinite
 from operator import add, floordiv, mul, sub, truediv
 from pathlib import Path
 from shlex import quote
@@ -25,6 +24,7 @@ from typing import Any, NoReturn
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv}
 UNDO = ExitStack()  # puts back what a script changed in its process, which may be a notebook's
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LARGEST = {int: 2**63, float: 1e38}  # what a tensor of integers, or float32, cannot hold
 UNUSABLE = (ValueError, ArithmeticError, MemoryError, RecursionError)  # what `evaluate` raises
 # Settings that there were once, and what took their place.
 ABLATED = "cross_first n_cross_head next_position router_detach rounding rounding_scale"
@@ -234,8 +234,8 @@ def check(name: Any, value: Any, settings: Settings, where: str) -> Any:
         fail(f"{place}{name}={value}: must be at least {settings.least[name]}")
     if name in settings.allowed and value not in settings.allowed[name]:
         fail(f"{place}{name}={value!r}: must be one of {', '.join(settings.allowed[name])}")
-    if (kind is float and not isfinite(value)) or (kind is int and abs(value) >= 2**63):
-        fail(f"{place}{name}={value}: must be finite, and below 2**63")
+    if kind in LARGEST and not abs(value) < LARGEST[kind]:
+        fail(f"{place}{name}={value}: must be finite, and below {LARGEST[kind]:.3g}")
     return value
 
 

@@ -42,7 +42,7 @@ def start(settings: dict[str, Any], resumed_at: int | None) -> None:
     """Begins the log of a new run, or of one `resumed_at` an iteration, here and at wandb."""
     if MASTER:
         track(settings)
-        with writing((folder := Path(settings["out_dir"])) / "ckpt.pt"):
+        with writing(folder := Path(settings["out_dir"])):
             start_log(folder, resumed_at)
 
 

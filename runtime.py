@@ -27,7 +27,7 @@ said, RANK, WORLD_SIZE = {name: os.environ.get(name, "") for name in TORCHRUN}, 
 if DDP := all(said.values()):
     numbers = [int(n) if n.isdecimal() else -1 for n in said.values()][:4]
     RANK, WORLD_SIZE = numbers[:2]
-    if min(numbers) < 0 or RANK >= WORLD_SIZE:
+    if min(numbers) < 0 or RANK >= WORLD_SIZE or max(numbers) >= 2**31:
         fail(f"{said}: not as torchrun sets them; start with torchrun, or unset them")
 MASTER = RANK == 0
 # Ctrl-C, and what clusters, terminals that close, and limits of time send.
@@ -166,8 +166,8 @@ def catch_signals() -> list[int]:
         while frame not in (script, None):
             frame = frame.f_back
         if frame is None or (number in caught and not DDP):
-            HANDLERS.close()
-            signal.raise_signal(number)
+            UNDO.close()  # also for a caller that catches what this raises
+            return signal.raise_signal(number)
         caught.append(number)
 
     UNDO.push(HANDLERS)

@@ -401,9 +401,9 @@ def test_every_parameter_gets_a_gradient(fields):
 def test_learns_one_batch_by_heart(fields):
     model = build(fields, spread=False).train()
     idx, targets = random_ids(2, 16), random_ids(2, 16, seed=2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=100)
-    for _ in range(100):
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=60)
+    for _ in range(60):
         output = model(idx, targets)
         optimizer.zero_grad()
         output.loss.backward()
@@ -1277,11 +1277,11 @@ def test_the_compiled_step_draws_the_same(fields, batch, compilations):
 def test_any_number_of_sizes_is_compiled(compilations):
     model = build(LEAN | {"n_layer": 1})
     compile_step(model)
-    for new in range(2, 14):  # more than torch's usual limit of 8
+    for new in range(2, 12):  # more than torch's usual limit of 8
         text = random_ids(1, 2)
         expected = model.generate(text, new, temperature=0, use_cache=False)
         assert torch.equal(model.generate(text, new, temperature=0), expected)
-    assert len(compilations) == 12
+    assert len(compilations) == 10
 
 
 def test_another_number_of_texts_is_compiled_again(compilations):

@@ -355,10 +355,10 @@ if stop:
     runtime.leave(128 + int(stop))
 if evaluates:
     if not eval_only and 0 < saved_iter < iter_num:  # the end was not worth a checkpoint
-        raw_model, kept = checkpoint.load_best(path, saved_is_best, take_back=True)
+        raw_model, kept = checkpoint.load_best(path, saved_is_best, take_back=MASTER)
         runtime.place(raw_model, device, fsdp)
         iter_num, seconds = kept["iter_num"], kept["seconds"]
-        print(f"back to step {iter_num}, the best one, which {path} has")
+        print(f"back to step {iter_num}, the best one that {out_dir} has")
     val = evaluate(map(to_device, consecutive_windows(data["val"], block_size, batch_size)))
     loss, took = val.pop("cross_entropy"), f"after {iter_num} iterations, {seconds:.1f} s"
     shown = f"experts on {val['experts_on']:.1%}, " if has_experts else ""

@@ -204,9 +204,14 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
 
 
 @pytest.mark.parametrize("take_back", [False, True])
-def test_a_best_checkpoint_that_is_damaged_takes_the_place_of_none(take_back, trained, tmp_path):
+def test_a_best_checkpoint_that_is_damaged_takes_the_place_of_none(
+    take_back, trained, tmp_path, capsys
+):
     shutil.copytree(trained[0] / "whole", tmp_path / "out")
     path, whole = tmp_path / "out/ckpt.pt", (tmp_path / "out/ckpt.pt").read_bytes()
     path.with_name("ckpt_best.pt").write_bytes(whole[: len(whole) // 2])
     assert load_best(path, False, take_back)[1]["iter_num"] == 20
     assert path.read_bytes() == whole
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{tmp_path}/out/ckpt_best.pt: not a whole checkpoint of train.py: ")
+    assert printed.endswith("; takes the last one in place of the best\n")

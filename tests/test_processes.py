@@ -55,8 +55,9 @@ def test_two_processes_repeat_one_with_twice_the_accumulation(twice_accumulated)
 def test_shards_repeat_ddp_and_their_checkpoints_are_the_same(fields, workplace):
     """fsdp: the first half in shares, the second in one process; then the other way round. Both
     beside one process, and beside DDP, whose first half is that of one process."""
-    args = (*TINY, *fields.split(), "--gradient_accumulation_steps=4")
-    half, resumed = (*args, "--max_iters=10"), (*args, "--init_from=resume")
+    short = ("--max_iters=10", "--lr_decay_iters=10", "--eval_interval=5")
+    args = (*TINY, *short, *fields.split(), "--gradient_accumulation_steps=4")
+    half, resumed = (*args, "--max_iters=5"), (*args, "--init_from=resume")
     succeed(workplace, "train.py", *args, "--out_dir=one")
     succeed(workplace, "train.py", *half, "--out_dir=shards_last")
     shutil.copytree(workplace / "shards_last", workplace / "ddp")
@@ -173,7 +174,4 @@ def test_a_signal_to_torchrun_saves_too(number, args, workplace):
     assert "torchrun --standalone --nproc_per_node=2" in printed and "lost" not in printed
     args = (*LONG, "--gradient_accumulation_steps=2", *args, f"--max_iters={stopped + 2}")
     done = run_two(workplace, *TINY, *args, "--init_from=resume")
-    assert (
-        f"saved after {stopped} of {stopped + 2} iterations" in done.stdout
-        and "More of it" in done.stdout
-    )
+    assert f"saved after {stopped} iterations" in done.stdout and "More of it" in done.stdout
