@@ -111,6 +111,39 @@ def test_a_wrong_argument_gets_one_line(argument, said, capsys):
     assert end.value.code == 2 and re.search(said, printed) and printed.count("\n") == 1
 
 
+TRAIN = {**GLOBALS, "out_dir": "out", "init_from": "scratch"}
+SAMPLE = {**GLOBALS, "out_dir": "out", "start": ""}
+PREPARE = {"input_file": "", "dataset": ""}
+
+
+@pytest.mark.parametrize(
+    "script_globals, argument, hint",
+    [
+        (TRAIN, "a run", "; a run is --init_from=resume --out_dir='a run'"),
+        (TRAIN, "a run/ckpt.pt", "; a run is --init_from=resume --out_dir='a run'"),
+        (TRAIN, "a.txt", "; a text is prepared by prepare_shakespeare.py --input_file=a.txt"),
+        (TRAIN, "data", ""),  # no run, though a folder
+        (TRAIN, "absent", ""),
+        (SAMPLE, "a run", "; a run is --out_dir='a run'"),
+        (SAMPLE, "a.txt", "; a text is --start=FILE:a.txt"),
+        (SAMPLE, "To be", "; a text is --start='To be'"),
+        (PREPARE, "a.txt", "; a text is --input_file=a.txt"),
+        (PREPARE, "absent", "; a text is --input_file=absent"),
+    ],
+)
+def test_what_is_no_config_file_is_known_for_what_it_is(
+    script_globals, argument, hint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a run/ckpt.pt", "a.txt", "data/input.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit):
+        configurator.override(script_globals, [argument])
+    said = f"{argument}: not a config file, which ends in .py (settings are --key=value){hint}\n"
+    assert capsys.readouterr().err.endswith(f": {said}")
+
+
 @pytest.mark.parametrize(
     "source, said",
     [

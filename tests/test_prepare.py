@@ -86,6 +86,7 @@ def test_nothing_reached_names_input_file(tmp_path):
         (None, (), "input.txt: cannot read this text: No such file"),
         (b"", (), "input.txt: has 0 characters"),
         (b"\xfe\xfe\x00a" * 9, (), "input.txt: not UTF-8 .* at byte 0"),
+        ("abc".encode("utf-16-le"), (), r"not UTF-8 \(a NUL, as .* at byte 1\); use --tok"),
         (b"abc" * 9, ("--tokenizer=bytes",), "tokenizer='bytes': must be one of char, byte, gpt2"),
         (b"abc" * 9, ("--tokeniser=char",), "did you mean 'tokenizer'"),
         (None, ("--input_file=", "--dataset=mine"), "--dataset=mine: needs its text: --input_file"),

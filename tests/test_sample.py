@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from checkpoint import load
-from common import OFFLINE, fails_with, run, start, succeed
+from common import OFFLINE, call, fails_with, run, start, succeed
+from prepare_shakespeare import prepare
 
 
 def test_sample_needs_the_checkpoint_alone(trained, tmp_path):
@@ -29,6 +30,18 @@ def test_sample_needs_the_checkpoint_alone(trained, tmp_path):
     args = ("--num_samples=1", "--temperature=0", "--max_new_tokens=30", "--device=cpu")
     printed = succeed(tmp_path, "sample.py", *args, "--start=FILE:prompt.txt")
     assert printed.startswith("class A:\n    ") and len(printed) == 13 + 30 + 1
+
+
+def test_without_a_prompt_it_starts_as_train_py_does(tmp_path, monkeypatch, capsys):
+    """Also where the text has no line end."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("to be or not to be " * 99)
+    prepare(path="a.txt", name="mine")
+    assert call("--dataset=mine", "--max_iters=1") == 0
+    assert "\nA sample:\n " in capsys.readouterr().out
+    assert call("--max_new_tokens=9", "--device=cpu", script="sample.py", tiny=False) == 0
+    samples = capsys.readouterr().out.split("\n---------------\n")
+    assert [(text[0], len(text)) for text in samples[:-1]] == [(" ", 10)] * 3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -222,15 +222,20 @@ def test_a_run_that_was_stopped_keeps_the_same_checkpoint(overfitted, monkeypatc
     assert not (overfitted / "stopped/ckpt_best.pt").exists()
 
 
-@pytest.mark.parametrize("how", [("--max_seconds=0.2",), ("--always_save_checkpoint=True",)])
+@pytest.mark.parametrize("how", ["max_seconds=0.2", "lr_decay_iters=239", "decay_lr=False"])
 def test_no_advice_that_cannot_be_followed(how, overfitted, monkeypatch, capsys):
-    """With max_seconds the length is not max_iters. What is kept last is what a run closes with."""
+    """With max_seconds the length is not max_iters. A learning rate that does not fall with the
+    length makes the shorter run the same one."""
     monkeypatch.chdir(overfitted)
-    assert call(*OVERFIT, *how, "--out_dir=other") == 0
+    assert call(*OVERFIT, f"--{how}", "--out_dir=other") == 0
     printed = capsys.readouterr().out
-    seconds = "max_seconds" in how[0]
-    assert ("risen since" in printed) == (not seconds) == (", reads the text" in printed)
-    if not seconds:
-        assert (
-            "back to step" not in printed and evaluations(overfitted / "other")[-1]["iter"] == 240
-        )
+    assert "risen since" not in printed and "whole validation split" in printed
+    assert (", reads the text" in printed) == ("max_seconds" not in how)
+
+
+def test_what_is_kept_last_is_what_a_run_closes_with(overfitted, monkeypatch, capsys):
+    monkeypatch.chdir(overfitted)
+    assert call(*OVERFIT, "--always_save_checkpoint=True", "--out_dir=last") == 0
+    printed = capsys.readouterr().out
+    assert "risen since" in printed and "back to step" not in printed
+    assert evaluations(overfitted / "last")[-1]["iter"] == 240

@@ -304,9 +304,10 @@ def test_where_compiling_does_not_work_a_run_goes_on_without(
 
 
 @pytest.mark.parametrize("name", ["tiktoken", "requests"])
-def test_a_package_that_does_not_work_is_said_in_one_line(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["ImportError", "RuntimeError", "OSError"])
+def test_a_broken_package_is_said_in_one_line(kind, name, tmp_path, monkeypatch, capsys):
     """To prepare a text it needs neither of them."""
-    (tmp_path / f"{name}.py").write_text("raise ImportError('no such symbol')")
+    (tmp_path / f"{name}.py").write_text(f"raise {kind}('no such symbol')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
