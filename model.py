@@ -379,7 +379,7 @@ class DecoderLayer(nn.Module):
 
 
 class Stacks(NamedTuple):
-    """Every state of both streams, each (B, T, C), and every mask; with `last` d[-1] alone."""
+    """Every state of both streams, each (B, T, C), and every mask; with `last` use d[-1] alone."""
 
     e: list[Tensor]  # e_0 to e_L; empty for decoder_only
     d: list[Tensor]  # d_0 to d_L
@@ -413,7 +413,7 @@ class ParallelEncoderDecoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Weights of each Linear with std 0.02; over sqrt(n) where a residual stream adds up n
-        outputs, as in GPT-2. Biases 0. Other LayerNorms, and shifts, stay as they were made."""
+        outputs, as in GPT-2. Biases 0. LayerNorms but ln_out, and shifts, stay as they were made."""
         c = self.config
         of_d = 2 if c.arch == "decoder_only" else 2 + c.decoder_self_attention + 2 * c.lateral
         for name, module in self.named_modules():
@@ -475,7 +475,7 @@ class ParallelEncoderDecoder(nn.Module):
             e, d = x, (x if c.decoder_self_attention or routes_d or not last else x[:, -1:])
             d = d if c.lateral else self.w_in(d)
             all_e, all_d, masks, before = [e], [d], [], e
-            for k in range(L + 1):  # from e_k and d_{k-1} (at first d_0): d_k, e_{k+1}
+            for k in range(L + 1):  # makes d_k (k > 0) of e_k and d_{k-1}, and e_{k+1} of e_k
                 if k > 0 or c.shared_kv:
                     memory = self.ln_memory[f"e{k}"](e)
                     kv = self.key_value[f"e{k}"](memory, usual)
