@@ -413,7 +413,7 @@ class ParallelEncoderDecoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Weights of each Linear with std 0.02; over sqrt(n) where a residual stream adds up n
-        outputs, as in GPT-2. Biases 0. LayerNorms but ln_out, and shifts, stay as they were made."""
+        outputs, as in GPT-2. Biases 0. LayerNorms but ln_out, and shifts, stay as made."""
         c = self.config
         of_d = 2 if c.arch == "decoder_only" else 2 + c.decoder_self_attention + 2 * c.lateral
         for name, module in self.named_modules():
