@@ -316,6 +316,7 @@ def values(data: Path) -> tuple:
 
 def main() -> None:
     rng, results = random.Random(0), {}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs would ignore it, too
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copyfile(ROOT / "model.py", folder / "input.txt")  # a text that is always there
