@@ -316,7 +316,8 @@ def values(data: Path) -> tuple:
 
 def main() -> None:
     rng, results = random.Random(0), {}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs would ignore it, too
+    for number in (signal.SIGHUP, signal.SIGINT):  # which a job in the background ignores, and with
+        signal.signal(number, signal.SIG_DFL)  # it all that it starts
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copyfile(ROOT / "model.py", folder / "input.txt")  # a text that is always there
