@@ -18,9 +18,9 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
-from unittest.mock import patch
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from configurator import Settings, check, fail, lacks_memory, pick_device
 from model import ModelConfig, ParallelEncoderDecoder
@@ -121,11 +121,10 @@ def read(path: str | Path) -> dict[str, Any]:
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
         version = checkpoint.get("format", 1 if "tokenizer" in checkpoint else None)
-        if version == 1:
-            raise ValueError("it has format 1, which commit fd66022 reads")
         if version != FORMAT:
-            said = f"its format is {version!r}: must be {FORMAT}"
-            raise ValueError("it has no format, as train.py writes" if version is None else said)
+            said = {"None": "it has no format, as train.py writes"}
+            said |= {"1": "it has format 1, which commit fd66022 reads"}
+            raise ValueError(said.get(str(version), f"its format is {version!r}: must be {FORMAT}"))
         if (saved := checkpoint.get("ablations", [])) != ABLATIONS:
             by = "run this by experiments/ablations.py"
             raise ValueError(f"its ablations are {saved}, here they are {ABLATIONS}: {by}")
@@ -158,10 +157,17 @@ def build_model(saved: dict, path: str | Path, **changed: Any) -> ParallelEncode
         if config.n_layer > len(weights):
             raise ValueError(f"n_layer={config.n_layer}: it has not as many weights")
         # Wrong sizes take no memory on this device, on which normal_ would import torch._dynamo.
-        with torch.device("meta"), patch("torch.nn.init.normal_"):
+        with torch.device("meta"), WithoutNormal():
             model = ParallelEncoderDecoder(config)
         model.load_state_dict(weights, assign=True)
     return model
+
+
+class WithoutNormal(TorchFunctionMode):
+    """Inside, in this thread, torch.nn.init.normal_ does nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is torch.nn.init.normal_ else func(*args, **kwargs or {})
 
 
 @contextmanager
@@ -170,10 +176,13 @@ def told_in_one_line(path: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not os.path.exists(path):
+        if not os.path.exists(at := os.path.expanduser(path)):
             said = "there is no checkpoint; train.py writes one, and --out_dir names its folder"
-            raise ValueError(f"{path}: {said}") from None
+            old = f"; {at}.old is of an earlier run" * os.path.exists(f"{at}.old")
+            raise ValueError(f"{path}: {said}{old}") from None
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        if reason.startswith("Weights only load failed"):
+            what, reason = "not a checkpoint of train.py", "it holds more than tensors and values"
         reason = (reason.partition(":\n\t")[2] or reason).partition("\n")[0]  # one, of many weights
         if isinstance(error, PermissionError) or lacks_memory(error):
             what = "cannot be loaded"
@@ -201,6 +210,8 @@ def start_from(path: Path, settings: Settings) -> tuple[dict[str, Any] | None, P
         fail(f"{source}: has no entry {name!r}; it was not written by this train.py")
     args, kept = saved["model_args"], []
     of_run = settings.defaults | saved.setdefault("config", {}) | args
+    if settings.where.get("max_iters", "").startswith("--"):
+        of_run["max_seconds"] = 0.0  # the length is what this call says
     fixed = {*args, "optimizer"} - MAY_CHANGE - ({"block_size", "optimizer"} if new else set())
     for name in sorted(of_run.keys() - OF_EACH_CALL - {"vocab_size"}, key=str):
         value = check(name, of_run[name], settings, str(source))

@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from checkpoint import ABLATIONS, write_whole
 from configurator import UNDO, fail, printable
 from runtime import DDP, MASTER, WORLD_SIZE, writing
+
+RUN = "torch.distributed.run"  # what torchrun calls
 
 
 def lock_folder(settings: dict[str, Any]) -> None:
@@ -43,7 +46,9 @@ def start(settings: dict[str, Any], resumed_at: int | None) -> None:
     if MASTER:
         track(settings)
         with writing(folder := Path(settings["out_dir"])):
-            start_log(folder, resumed_at)
+            moved = start_log(folder, resumed_at)
+        for path in moved:
+            print(f"{path}, of an earlier run, is now {path.name}.old")
 
 
 def add(settings: dict[str, Any], row: dict[str, float | list]) -> None:
@@ -54,18 +59,19 @@ def add(settings: dict[str, Any], row: dict[str, float | list]) -> None:
         track(settings, row)
 
 
-def start_log(folder: Path, resumed_at: int | None) -> None:
+def start_log(folder: Path, resumed_at: int | None) -> list[Path]:
     """Of a new run: renames the files of an earlier one to *.old, in place of those of the run
-    before it. Of a resumed one: takes out of the log what the run will write again, and what is no
-    row."""
-    log = folder / "log.jsonl"
+    before it; their names until then. Of a resumed one: takes out of the log what the run will
+    write again, and what is no row."""
+    log, moved = folder / "log.jsonl", []
     if resumed_at is not None:
         rows = [row for row in read_log(folder) if row["iter"] <= resumed_at]
         kept = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
         if log.exists() and log.read_bytes() != kept:
             write_whole(log, lambda file: file.write(kept))
-        return
-    saved = (folder / "ckpt.pt").exists()
+        return []
+    closed = any("whole_val_loss" in row for row in read_log(folder))
+    saved = closed or (folder / "ckpt.pt").exists()
     if not saved and (folder / "ckpt.pt.old").exists() and (folder / "log.jsonl.old").exists():
         log.unlink(missing_ok=True)  # what saved nothing must not displace a run that did
     for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"):
@@ -74,7 +80,8 @@ def start_log(folder: Path, resumed_at: int | None) -> None:
             old.unlink(missing_ok=True)
         if path.exists():
             os.replace(path, old)
-            print(f"{path}, of an earlier run, is now {old.name}")
+            moved.append(path)
+    return moved
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -157,7 +164,9 @@ def command(*args: str) -> str:
 def command_to_sample(out_dir: str, prompt: str) -> str:
     """The command that draws texts from this run."""
     start = [] if prompt == "\n" else [f"--start={prompt}"]
-    return command(str(Path(sys.argv[0]).with_name("sample.py")), f"--out_dir={out_dir}", *start)
+    beside = (Path(path).with_name("sample.py") for path in (sys.argv[0], __file__))
+    script = next(filter(Path.exists, beside), "sample.py")  # train.py may be a link
+    return command(str(script), f"--out_dir={out_dir}", *start)
 
 
 def command_to_resume() -> str:
@@ -167,4 +176,5 @@ def command_to_resume() -> str:
         return command(*args)
     alone = (os.environ.get("LOCAL_WORLD_SIZE") or str(WORLD_SIZE)) == str(WORLD_SIZE)
     how = f"--standalone --nproc_per_node={WORLD_SIZE}" if alone else "(with the options as before)"
-    return f"torchrun {how} {shell(args)}"
+    torchrun = "torchrun" if which("torchrun") else f"{shell(sys.orig_argv[:1])} -m {RUN}"
+    return f"{torchrun} {how} {shell(args)}"

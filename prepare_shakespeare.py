@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -212,7 +213,7 @@ def prepare_missing(folder: Path) -> None:
     if folder.parent != DATA or folder.name not in SHAKESPEARE:
         name = folder.relative_to(DATA) if folder.is_relative_to(DATA) else folder
         script = os.path.relpath(__file__)
-        command = shlex.join(["python", script, "--input_file=PATH", f"--dataset={name}"])
+        command = shlex.join([sys.orig_argv[0], script, "--input_file=PATH", f"--dataset={name}"])
         raise ValueError(f"{folder}: there is no data set; make one: {command}")
     try:
         prepare(folder.name.removeprefix("shakespeare_"))
@@ -254,9 +255,10 @@ def load_data(folder: Path, block_size: int = 0) -> tuple[Tokenizer, dict[str, n
 def require_vocabulary(saved: dict, path: Path, tokenizer: Tokenizer, dataset: str) -> None:
     """ValueError where a data set has not the ids that the checkpoint's model knows."""
     if saved["tokenizer"] != asdict(tokenizer):
-        own = Path(DATA, saved["config"].get("dataset", dataset))
-        how = f"it with --vocabulary_of={shlex.quote(str(own))}"
-        how = "that run's text again" if own == Path(DATA, dataset) else how
+        own, how = Path(DATA, saved["config"].get("dataset", dataset)), "that run's text again"
+        with suppress(ValueError):
+            if saved["tokenizer"] == asdict(load_data(own)[0]):
+                how = f"it with --vocabulary_of={shlex.quote(str(own))}"
         raise ValueError(f"data/{dataset}: not the vocabulary of {path}; prepare {how}")
 
 

@@ -1,5 +1,4 @@
-"""What a run stands on: processes, device, lock, signals, errors in one line.
-Nothing here knows of losses, schedules or optimizers."""
+"""What a run stands on: processes, device, signals, errors in one line; no losses, no schedules."""
 
 import ctypes
 import errno
@@ -203,14 +202,3 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-def compiler_works(device: str) -> bool:
-    """Whether torch.compile works here; where it does not, a line on stderr says why."""
-    try:
-        torch.compile(torch.cos)(torch.ones(64, device=device))
-        return True
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        print(f"compile=True: goes on without ({reason:.200})", file=sys.stderr)
-        return False

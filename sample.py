@@ -28,7 +28,7 @@ from configurator import (
 )
 from model import compile_step
 from prepare_shakespeare import text_of
-from view import in_colour, see, write_html
+from view import compiler_works, in_colour, see, write_html
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # the folder of the run
@@ -107,10 +107,7 @@ try:
         raise ValueError("start: is empty; give at least one character")
     tokenizer.encode(stop)  # which a vocabulary that lacks a character of it could never write
 
-    if compile:
-        from runtime import compiler_works  # here, since it takes a while
-
-        compile = compiler_works(device)
+    compile = compile and compiler_works(device)
     if compile:
         compile_step(model, options={"cpp_wrapper": device == "cpu"})  # calls the graph sooner
     samples = [Sample(ids) for _ in range(num_samples)]

@@ -33,7 +33,7 @@ from model import ModelConfig, ParallelEncoderDecoder, evaluation
 from muon import Muon, configure_optimizers, gather, grad_norm, restore
 from prepare_shakespeare import consecutive_windows, load_data, prepare_missing, require_vocabulary
 from runtime import DDP, MASTER, RANK, WORLD_SIZE, agree, end_run
-from view import estimate_mfu, expert_statistics, show_sample
+from view import compiler_works, estimate_mfu, expert_statistics, show_sample
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -159,7 +159,7 @@ except (ValueError, OSError, RuntimeError) as error:  # the last: no memory
     if (DDP and "gloo" in str(error)) or getattr(error, "errno", 0) in runtime.UNWRITTEN:
         raise  # another process has failed, and said why; or stdout has
     fail(error)
-model = torch.compile(raw_model) if compile and runtime.compiler_works(device) else raw_model
+model = torch.compile(raw_model) if compile and compiler_works(device) else raw_model
 model = DistributedDataParallel(model) if DDP and not fsdp else model
 params, has_experts = list(raw_model.parameters()), raw_model.config.n_expert > 0
 evaluates = MASTER or fsdp  # a model in shares needs all of them, and all compute the same
@@ -258,7 +258,7 @@ def not_finite(what: str, loss: float, may_pass: bool = False) -> None:
     if not may_pass:
         how = "lower --learning_rate" + " or --muon_lr_ratio" * (optimizer == "muon")
         how = how if iter_num > max(0, resumed_at) else "no step was made: look at its weights"
-        end_run(f"{line}; checkpoints are as they were; {how}")
+        end_run(f"{line}; what was saved is as it was; {how}")
     print(f"{line}; step skipped")
 
 
@@ -346,7 +346,8 @@ while True:
     iter_num += 1
 
 runtime.HANDLERS.close()
-(stop,) = agree(max([stop, *signals]))
+older = path.with_name("ckpt_best.pt").exists() and not (always_save_checkpoint or saved_is_best)
+stop, older = agree(max([stop, *signals]), older)
 if stop:
     if evaluates and saved_iter != iter_num:
         save_checkpoint(is_best=False)
@@ -354,7 +355,7 @@ if stop:
     print(f"stopped after {iter_num} iterations; saved {path}; to go on:\n  {again}")
     runtime.leave(128 + int(stop))
 if evaluates:
-    if not eval_only and 0 < saved_iter < iter_num:  # the end was not worth a checkpoint
+    if not eval_only and (0 < saved_iter < iter_num or older):  # the end is not worth keeping
         raw_model, kept = checkpoint.load_best(path, saved_is_best, take_back=MASTER)
         runtime.place(raw_model, device, fsdp)
         iter_num, seconds = kept["iter_num"], kept["seconds"]

@@ -1,4 +1,4 @@
-"""What a run shows: its speed, a sample, and what the experts do.
+"""What a run shows: its speed, whether it can be compiled, a sample, and what the experts do.
 
 sample.py shows texts, in a terminal by `--show_experts`, as a page by `--html=FILE`. Probes and
 figures for the docs are in experiments/.
@@ -8,6 +8,7 @@ import base64
 import codecs
 import hashlib
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,17 @@ def gemm_peak(device: str) -> float:
     a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
     return 2 * n**3 / timer.blocked_autorange(min_run_time=0.2).median
+
+
+def compiler_works(device: str) -> bool:
+    """Whether torch.compile works here; where it does not, a line on stderr says why."""
+    try:
+        torch.compile(torch.cos)(torch.ones(64, device=device))
+        return True
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"compile=True: goes on without ({reason:.200})", file=sys.stderr)
+        return False
 
 
 def show_sample(model: ParallelEncoderDecoder, tokenizer: Tokenizer, seed: int) -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +216,40 @@ def test_a_best_checkpoint_that_is_damaged_takes_the_place_of_none(
     printed = capsys.readouterr().out
     assert printed.startswith(f"{tmp_path}/out/ckpt_best.pt: not a whole checkpoint of train.py: ")
     assert printed.endswith("; takes the last one in place of the best\n")
+
+
+def test_several_threads_load(trained):
+    """Each a model with its weights; and whatever else is made then starts as it should."""
+    path, found = trained[0] / "whole/ckpt.pt", []
+    expected = load_checkpoint(path)[0].state_dict()
+
+    def load_some():
+        for _ in range(10):
+            found.append(load_checkpoint(path)[0].state_dict())
+
+    threads = [threading.Thread(target=load_some) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert torch.nn.Embedding(9, 9).weight.std() > 0.5
+    assert len(found) == 30
+    assert all(torch.equal(one[name], w) for one in found for name, w in expected.items())
+
+
+class Other(torch.nn.Linear):
+    pass
+
+
+def test_a_pickled_model_and_an_earlier_run_are_told(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(Other(2, 2), tmp_path / "ckpt.pt")
+    said = "ckpt.pt: not a checkpoint of train.py: it holds more than tensors and values"
+    with pytest.raises(ValueError, match=said):
+        load_checkpoint("~/ckpt.pt")
+    whole = torch.load(trained[0] / "whole/ckpt.pt", weights_only=True)
+    torch.save(changed(whole, ("model", "ln_out.weight"), ...), tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="ckpt.pt: not a checkpoint of this model"):
+        load_checkpoint("~/ckpt.pt")
+    os.rename(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt.old")
+    with pytest.raises(ValueError, match=r"there is no checkpoint; .*/ckpt\.pt\.old is of an earl"):
+        load_checkpoint("~/ckpt.pt")

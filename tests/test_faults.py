@@ -252,7 +252,7 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(steps, what, at, work
     name = "loss" if what is NAN_LOSS else "gradient"
     assert re.search(
         rf"iter {at}: the {name} is not finite \(loss .*, gradient norm nan, learning rate .*\); "
-        "checkpoints are as they were", line
+        "what was saved is as it was", line
     )  # fmt: skip
     saved = torch.load(workplace / "out/ckpt.pt", weights_only=True)
     assert saved["iter_num"] == 10 and all(w.isfinite().all() for w in saved["model"].values())

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 import log
+from common import ROOT
 
 ROWS = [{"iter": k, "val_loss": 4.0 - k / 100} for k in (0, 10, 20)]
 TEXT = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
@@ -77,6 +78,42 @@ def test_what_is_set_aside_is_of_one_run(tmp_path):
     assert old() == of_a
     run("d")
     assert old() == {"ckpt.pt.old": "c", "log.jsonl.old": "c"}
+
+
+def test_the_log_of_a_finished_run_is_kept_where_its_checkpoint_was_moved_away(tmp_path):
+    for name in ("ckpt.pt.old", "log.jsonl.old"):
+        (tmp_path / name).write_text("of a run before it")
+    (tmp_path / "log.jsonl").write_text('{"iter": 20, "whole_val_loss": 2.5}\n')
+    assert log.start_log(tmp_path, None) == [tmp_path / "log.jsonl"]
+    assert "2.5" in (tmp_path / "log.jsonl.old").read_text()
+    assert not (tmp_path / "ckpt.pt.old").exists()  # of another run
+
+
+def test_where_stdout_fails_all_files_are_set_aside_or_none(tmp_path, monkeypatch):
+    def full(*args, **how):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "ckpt.pt").write_text("")
+    (tmp_path / "log.jsonl").write_bytes(TEXT)
+    monkeypatch.setattr("builtins.print", full)
+    with pytest.raises(OSError):  # which train.py reports as of its output, not of the folder
+        log.start({"out_dir": str(tmp_path), "wandb_log": False}, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt.old", "log.jsonl.old"}
+
+
+def test_commands_where_a_script_is_linked_and_torchrun_is_not_on_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(log.sys, "orig_argv", ["/usr/bin/python3", "train.py"])
+    monkeypatch.setattr(log.sys, "argv", ["train.py", "a.py"])
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    said = log.command_to_sample("out", "\n")
+    assert said == f"/usr/bin/python3 {ROOT / 'sample.py'} --out_dir=out"
+    monkeypatch.setattr(log, "DDP", True)
+    monkeypatch.setattr(log, "which", lambda name: None)
+    said = "--standalone --nproc_per_node=1 train.py a.py --init_from=resume"
+    assert log.command_to_resume() == f"/usr/bin/python3 -m torch.distributed.run {said}"
+    monkeypatch.setattr(log, "which", lambda name: "/usr/bin/torchrun")
+    assert log.command_to_resume() == f"torchrun {said}"
 
 
 @pytest.mark.parametrize(

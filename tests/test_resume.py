@@ -142,5 +142,5 @@ def test_resume_needs_the_same_vocabulary(trained, tmp_path):
     )
     fails_with(said, *args)
     shutil.copytree(tmp_path / "data/shakespeare_char", tmp_path / "data/mine")
-    said = "data/mine: .*; prepare it with --vocabulary_of=data/shakespeare_char"
+    said = "data/mine: .*; prepare that run's text again"  # whose vocabulary is gone
     fails_with(said, *args, "--dataset=mine")

@@ -52,6 +52,32 @@ def test_a_new_run_begins_with_the_weights_of_another(source, place, monkeypatch
     assert {path.name: path.read_bytes() for path in (place / "a").iterdir()} == before
 
 
+@pytest.mark.parametrize("how", ["a new run", "resume"])
+def test_a_length_in_iterations_takes_the_place_of_one_in_seconds(how, place):
+    assert call("--max_seconds=0.1", "--out_dir=timed") == 0
+    done = saved(place / "timed")["iter_num"]
+    source, out, more = {"resume": ("resume", "timed", 7), "a new run": ("timed", "b", -done + 7)}[
+        how
+    ]
+    args = (f"--init_from={source}", f"--out_dir={out}", "--device=cpu")
+    assert call(*args, f"--max_iters={done + more}", tiny=False) == 0
+    assert saved(place / out)["iter_num"] == done + more
+
+
+def test_the_advice_on_a_vocabulary_helps(place, capsys):
+    """Where the data set of the run has been replaced, or is gone, its vocabulary is not there."""
+    prepare(path="mine.txt", name="odd")
+    args = ("--init_from=a", "--out_dir=b", "--dataset=odd")
+    assert call(*args, tiny=False) == 2
+    assert "--vocabulary_of=data/shakespeare_char" in capsys.readouterr().err
+    prepare(path="mine.txt", name="shakespeare_char")
+    for _ in range(2):
+        capsys.readouterr()
+        assert call(*args, tiny=False) == 2
+        assert capsys.readouterr().err.endswith("; prepare that run's text again\n")
+        shutil.rmtree(place / "data/shakespeare_char", ignore_errors=True)
+
+
 def test_another_run_is_evaluated(place, capsys):
     args = ("--init_from=a", "--eval_only", "--dataset=mine", "--device=cpu")
     assert call(*args, tiny=False) == 0
@@ -220,6 +246,22 @@ def test_a_run_that_was_stopped_keeps_the_same_checkpoint(overfitted, monkeypatc
     one, other = weights(overfitted / "out"), weights(overfitted / "stopped")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not (overfitted / "stopped/ckpt_best.pt").exists()
+
+
+def test_a_stop_at_the_very_end_keeps_the_best_checkpoint(overfitted, monkeypatch, capsys):
+    """As where the signal came during the last evaluation: the checkpoint of the stop is the
+    last."""
+    monkeypatch.chdir(overfitted)
+    shutil.copytree("out", "late")
+    last = saved(overfitted / "out") | {"iter_num": 240, "is_best": False}
+    (overfitted / "late/ckpt.pt").rename(overfitted / "late/ckpt_best.pt")
+    last["model"] = {name: torch.zeros_like(w) for name, w in last["model"].items()}
+    torch.save(last, overfitted / "late/ckpt.pt")
+    assert call("--init_from=resume", "--out_dir=late", "--device=cpu", tiny=False) == 0
+    best = saved(overfitted / "out")["iter_num"]
+    assert f"back to step {best}, the best one that late has\n" in capsys.readouterr().out
+    one, other = weights(overfitted / "out"), weights(overfitted / "late")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("how", ["max_seconds=0.2", "lr_decay_iters=239", "decay_lr=False"])

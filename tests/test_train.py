@@ -199,7 +199,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one(fails, workplace):
         (
             ("--learning_rate=1e30", "--optimizer=adamw", "--eval_interval=1"),
             r"iter 1: the validation loss is not finite \(loss (nan|inf), gradient norm "
-            r"\d.*, learning rate \S+\); checkpoints are as they were; lower",
+            r"\d.*, learning rate \S+\); what was saved is as it was; lower",
         ),
         (("--batch_size=1000000000000000",), "not enough memory; lower --batch_size .* allocate"),
         (("--init_from=resume", "--out_dir=absent"), "absent/ckpt.pt: there is no checkpoint"),
