@@ -413,7 +413,7 @@ class ParallelEncoderDecoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Weights of each Linear with std 0.02; over sqrt(n) where a residual stream adds up n
-        outputs, as in GPT-2. Biases 0. LayerNorms but ln_out, and shifts, stay as made."""
+        outputs, as in GPT-2. Biases 0. LayerNorms except ln_out, and shifts, are left as made."""
         c = self.config
         of_d = 2 if c.arch == "decoder_only" else 2 + c.decoder_self_attention + 2 * c.lateral
         for name, module in self.named_modules():
@@ -478,13 +478,13 @@ class ParallelEncoderDecoder(nn.Module):
             for k in range(L + 1):  # makes d_k (k > 0) of e_k and d_{k-1}, and e_{k+1} of e_k
                 if k > 0 or c.shared_kv:
                     memory = self.ln_memory[f"e{k}"](e)
-                    kv = self.key_value[f"e{k}"](memory, usual)
+                    kv = self.key_value[f"e{k}"](memory, usual)  # shared: of encoder layer k + 1
                 if k > 0 and c.lateral:
                     d = d + (tail(e, d) - tail(before, d))
                 before = e
                 if 0 < k < L and c.shared_kv and last and cache is not None and idx.size(1) == 1:
                     d, e = self._pair(k, d, e, memory, kv, usual)
-                    continue
+                    continue  # decoding a token: no states and masks are kept
                 if k > 0:
                     d, mask = self.decoder[k - 1](d, memory, kv, final if k == L else usual)
                     all_d, masks = [d] if last else [*all_d, d], [*masks, mask]

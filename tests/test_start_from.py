@@ -56,12 +56,10 @@ def test_a_new_run_begins_with_the_weights_of_another(source, place, monkeypatch
 def test_a_length_in_iterations_takes_the_place_of_one_in_seconds(how, place):
     assert call("--max_seconds=0.1", "--out_dir=timed") == 0
     done = saved(place / "timed")["iter_num"]
-    source, out, more = {"resume": ("resume", "timed", 7), "a new run": ("timed", "b", -done + 7)}[
-        how
-    ]
+    source, out, length = ("resume", "timed", done + 7) if how == "resume" else ("timed", "b", 7)
     args = (f"--init_from={source}", f"--out_dir={out}", "--device=cpu")
-    assert call(*args, f"--max_iters={done + more}", tiny=False) == 0
-    assert saved(place / out)["iter_num"] == done + more
+    assert call(*args, f"--max_iters={length}", tiny=False) == 0
+    assert saved(place / out)["iter_num"] == length
 
 
 def test_the_advice_on_a_vocabulary_helps(place, capsys):
