@@ -21,6 +21,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are of CPUs; a forked process c
 import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # as in a job in the background
+    if signal.getsignal(number) == signal.SIG_IGN:
+        by_python = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, by_python)
 # One thread a process, since the tensors are small; and no way out to a network.
 OFFLINE = {
     **os.environ,
