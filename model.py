@@ -130,14 +130,14 @@ def attend(q: Tensor, kv: KV, dropout: float = 0.0, one_each: bool = True) -> Te
 
 def heads(x: Tensor, n_head: int, qk_norm: bool = False, rotation: Tensor | None = None) -> Tensor:
     """x (B, T, H D) as (B, H, T, D); queries and keys also normalised and, by RoPE, rotated: each
-    pair (x_i, x_{i + D/2}) by an angle. `rotation` (2, T', D / 2) has the cosines and sines of
-    the positions of this pass, of which x has the last T."""
+    pair (x_i, x_{i + D/2}) by an angle. `rotation` (2, T', D) has the cosines and the sines, of x_i
+    the negative ones, at the positions of this pass, of which x has the last T."""
     x = x.view(x.size(0), x.size(1), n_head, -1).transpose(1, 2)
     x = F.rms_norm(x, x.shape[-1:]) if qk_norm else x
     if rotation is None:
         return x
-    (cos, sin), (a, b) = rotation[:, -x.size(2) :], x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    cos, sin = rotation[:, -x.size(2) :]
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
 
 
 def stacked(n_in: int, sizes: tuple[int, ...], bias: bool) -> nn.Linear:
@@ -449,7 +449,7 @@ class ParallelEncoderDecoder(nn.Module):
         if masks:
             c, every = self.config, Mask(*map(torch.stack, zip(*masks, strict=True)))
             mean = {name: x.mean() for name, x in mask_statistics(every, c.l1_norm).items()}
-            penalty = c.entropy_weight * mean["entropy"] + c.l1_weight * mean["l1"]
+            penalty = sum(w * mean[n] for n in ("entropy", "l1") if (w := vars(c)[f"{n}_weight"]))
             loss = loss + penalty_scale * penalty
             metrics |= {name: x.detach() for name, x in mean.items()}
         return ModelOutput(logits, loss, metrics)
@@ -520,8 +520,8 @@ class ParallelEncoderDecoder(nn.Module):
         if self.config.position_embedding == "learned":
             return self.dropout(x + self.pos_emb(positions)), None
         D, dtype = x.size(-1) // self.config.n_head, torch.promote_types(x.dtype, torch.float32)
-        pairs = torch.arange(0, D, 2, device=idx.device, dtype=dtype)
-        angles = positions[:, None] * 10_000 ** (-pairs / D)
+        rates = 10_000 ** (-torch.arange(0, D, 2, device=idx.device, dtype=dtype) / D)
+        angles = positions[:, None] * torch.cat([-rates, rates])
         return self.dropout(x), torch.stack([angles.cos(), angles.sin()])
 
     @torch.no_grad()
