@@ -7,6 +7,8 @@ wandb_run_name = "canonical"
 lateral = False
 decoder_self_attention = True
 shared_kv = False
+position_embedding = "learned"
+token_shift = False
 
-on_cuda = {"n_embd": 360, "position_embedding": "learned", "qk_norm": False, "token_shift": False}
-on_cpu = {"n_embd": 76, "max_iters": 3000}
+on_cuda = {"n_embd": 360, "qk_norm": False}
+on_cpu = {"n_head": 2, "n_embd": 86, "max_iters": 1900}

@@ -1,17 +1,19 @@
-# The baseline: a plain GPT with as many parameters as config/shakespeare_char_dense.py.
+# The baseline: a plain GPT. On a CPU it is the best that a search found for the same two minutes;
+# on a CUDA GPU it has as many parameters as config/shakespeare_char_dense.py.
 
-base = "canonical.py"
+base = "shakespeare_char_dense.py"
 out_dir = "out-decoder-only"
 wandb_run_name = "decoder-only"
 
 arch = "decoder_only"
 
-on_cuda = {
-    "n_layer": 6,
-    "n_head": 6,
-    "n_embd": 384,
-    "position_embedding": "rotary",
-    "qk_norm": True,
-    "token_shift": True,
+on_cuda = {"n_layer": 6, "n_head": 6, "n_embd": 384}
+on_cpu = {
+    "n_layer": 3,
+    "n_head": 3,
+    "n_embd": 96,
+    "learning_rate": 1e-2,
+    "muon_lr_ratio": 2.0,
+    "muon_weight_decay": 0.1,
+    "max_iters": 3300,
 }
-on_cpu = {"n_layer": 3, "n_head": 3, "n_embd": 96, "max_iters": 3650}

@@ -12,9 +12,9 @@ it is done, so that a sweep which was interrupted goes on where it stopped. Loss
 the whole validation split, in nats per character. On one kind of machine a run gives the same
 losses bit for bit.
 
-All questions but `lateral` and `presets` were asked of the layer up to commit fd66022, with another
-`lateral`. Their runs are the lines of results.jsonl without a `format`. Each has its commit, where
-it can be repeated; here it is refused. This file is not for speed: bench_*.py measure that.
+The runs so far were made with earlier presets, and all but those of `lateral` with the layer up to
+commit fd66022, with another `lateral`. Each line of results.jsonl has its commit, where it can be
+repeated; here it is refused. This file is not for speed: bench_*.py measure that.
 """
 
 import json
@@ -180,14 +180,8 @@ def lateral() -> Iterator[dict]:
         yield run(name, f"{lean} --n_embd={n_embd}", seeds=5, peer="w_lat()")
 
 
-def presets() -> Iterator[dict]:
-    """The presets with the new `lateral`, as they are."""
-    for name in ("shakespeare_char_dense", "shakespeare_char"):
-        yield run(name, f"config/{name}.py", seeds=3)
-
-
-FORMAT = 2  # of the checkpoints of these runs; rows without it are of the layer up to fd66022
-QUESTIONS = (lateral, presets, curve, variants, sizes, experts, inside, large)
+FORMAT = 3  # of these runs; those of 2 had other presets, those without it another layer, too
+QUESTIONS = (lateral, curve, variants, sizes, experts, inside, large)
 
 
 def run(name: str, settings: str, seeds: int, peer: str = "", analyse: bool = False) -> dict:
@@ -292,7 +286,7 @@ def repeat(rows: list[dict], line: str) -> None:
         sys.exit(f"--repeat={line}: must be a line of {RESULTS.name}, 1 to {len(rows)}")
     row = rows[int(line) - 1]
     if row.get("format") != FORMAT:
-        why = "the layer has changed since; repeat it at that commit"
+        why = "the layer or the presets have changed since; repeat it at that commit"
         sys.exit(f"--repeat={line}: measured at commit {row['commit']}: {why}")
     again = train(row["settings"], row["peer"], False, row["seed"])
     difference = again["val_loss"] - row["val_loss"]

@@ -91,17 +91,34 @@ def markdown(heads: str, rows: Iterable[Iterable[str]]) -> str:
 
 
 def recipe_runs() -> dict[str, list[dict]]:
-    """The runs of each preset in recipe/results.jsonl, at commit fd66022."""
+    """The runs of presets in recipe/results.jsonl, 120 s each on two threads."""
     found: dict[str, list[dict]] = {}
     for row in read("recipe/results.jsonl"):
-        if preset := re.fullmatch(r"config/(\w+)\.py", row["settings"]):
-            found.setdefault(preset[1], []).append(row)
+        if preset := re.fullmatch(r"config/(\w+)\.py(.*)", row["settings"]):
+            row = row | {"question": "recipe", "name": "".join(preset.groups())}
+            found.setdefault(row["name"], []).append(row)
     return {name: sorted_by_seed(rows) for name, rows in found.items()}
+
+
+def trials(model: str) -> str:
+    """The trials of a model in recipe/results.jsonl, those of 1,000 iterations first."""
+    lines = []
+    for row in sorted(read("recipe/results.jsonl"), key=lambda row: row["max_seconds"]):
+        kind = "experts" if "--n_expert" in row["settings"] else "dense"
+        kind = "GPT" if "--arch=decoder_only" in row["settings"] else kind
+        if kind == model and not row["settings"].startswith("config/"):
+            changed = [*row["settings"].replace("--", "").split(), row["patch"]]
+            changed = [c for c in changed if c and c != "arch=decoder_only"]
+            lines.append((
+                ", ".join(changed) or "base", f"{row['parameters']:,}", str(row["seed"]),
+                f"{row['iterations']:,}", f"{row['val_loss']:.3f}", percent(row["experts_on"]),
+            ))  # fmt: skip
+    return markdown("| parameters: | seed: | iterations: | loss: | experts on:", lines)
 
 
 def summary() -> str:
     """Results at a glance: the losses of the presets, the speeds at 20 million parameters."""
-    found = recipe_runs() | runs("presets")  # the newest there are
+    found = recipe_runs()
     of_speed = {
         model: next(row for row in rows if row["prompt"] == 1024)
         for (size, model, *_), rows in speeds("prompt").items()
@@ -115,7 +132,7 @@ def summary() -> str:
         ("shakespeare_char", "lean, 16 experts", ""),
         ("canonical", "canonical", "canonical"),
     ):
-        rows = [row for row in found.get(preset, []) if row["seed"] <= 3]
+        rows = found.get(preset, [])
         cells = ("", "")
         if model:
             row, gpt = of_speed[model], of_speed["GPT"]
@@ -133,18 +150,16 @@ def summary() -> str:
 def recipe() -> str:
     """The presets, five seeds each."""
     found = recipe_runs()
-    dense = found["shakespeare_char_dense"]
     lines = []
-    for name in ("shakespeare_char", "shakespeare_char_dense", "decoder_only", "canonical"):
-        of_name = found[name]
-        losses = ", ".join(f"{row['val_loss']:.3f}" for row in of_name)
+    for rows in found.values():
+        losses = ", ".join(f"{row['val_loss']:.3f}" for row in rows)
+        steps = statistics.median(row["iterations"] for row in rows)
         lines.append((
-            f"`config/{name}.py`", f"{of_name[0]['parameters'] / 1e6:.3f} M",
-            f"{of_name[0]['iterations']:,}", losses, f"{mean(of_name):.3f}",
-            show_difference(of_name, dense),
-            percent(None if of_name[0]["experts_on"] is None else mean(of_name, "experts_on")),
+            f"`{rows[0]['settings']}`", f"{rows[0]['parameters']:,}", f"{steps:,.0f}", losses,
+            f"{mean(rows):.3f}", show_difference(rows, found["decoder_only"]),
+            percent(None if rows[0]["experts_on"] is None else mean(rows, "experts_on")),
         ))  # fmt: skip
-    heads = "| parameters: | iterations: | seeds 1, 2, 3, 4, 5 | mean: | to dense: | experts on:"
+    heads = "| parameters: | iterations: | seeds from 11 on | mean: | to GPT: | experts on:"
     return markdown(heads, lines)
 
 
@@ -286,22 +301,6 @@ def compared(question: str, base: str) -> str:
     ))  # fmt: skip
 
 
-def presets() -> str:
-    """The presets with the present layer, beside the same seeds with the old one."""
-    lines = []
-    for name, rows in runs("presets").items():
-        seeds = {row["seed"] for row in rows}
-        old = [row for row in recipe_runs()[name] if row["seed"] in seeds]
-        cells = [f"`config/{name}.py`"]
-        for of in (rows, old):
-            cells.append(f"{of[0]['parameters']:,}")
-            cells.append(", ".join(f"{row['val_loss']:.3f}" for row in of))
-        on = percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None)
-        lines.append((*cells, show_difference(rows, old), on))
-    heads = "| parameters: | seeds 1, 2, 3 | parameters, old layer: | seeds 1, 2, 3, old layer "
-    return markdown(heads + "| difference: | experts on:", lines)
-
-
 def sizes() -> str:
     """Stacks of one size; the difference is that to decoder-only."""
     found = runs("sizes") | runs("large")
@@ -416,6 +415,9 @@ def use() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "recipe": recipe,
+    "trials, dense": lambda: trials("dense"),
+    "trials, GPT": lambda: trials("GPT"),
+    "trials, experts": lambda: trials("experts"),
     "training, 128 wide": lambda: training("C=128"),
     "training, 384 wide": lambda: training("C=384"),
     "training, 128 wide, deep": lambda: training("C=128, deep"),
@@ -430,7 +432,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "faults": faults,
     "sizes": sizes,
     "lateral": lambda: compared("lateral", "W_lat LN(e), 80 wide"),
-    "presets": presets,
     "variants": lambda: compared("variants", "canonical"),
     "curve": curve,
     "experts": experts,

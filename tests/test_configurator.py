@@ -273,8 +273,10 @@ def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
         settings = of_preset(path.stem, device)
         fields = {name: settings[name] for name in vars(ModelConfig()) if name in settings}
         sizes[path.stem] = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65)).num_params()
-    for name in ("decoder_only", "canonical"):  # the next width, 86, would be further away
-        assert sizes[name] == pytest.approx(sizes["shakespeare_char_dense"], rel=0.025)
+    dense = sizes["shakespeare_char_dense"]
+    assert sizes["canonical"] == pytest.approx(dense, rel=0.025)
+    # On a CPU the GPT has the size that is best in the same time.
+    assert (0.975 if device == "cuda" else 0.75) * dense < sizes["decoder_only"] < 1.025 * dense
     assert sizes["shakespeare_char_dense"] < sizes["shakespeare_char"]
     assert sizes["shakespeare_char"] < 1.1 * sizes["shakespeare_char_dense"]
 
@@ -282,13 +284,14 @@ def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_dense_preset_is_the_main_job_without_experts(device):
     main, dense = of_preset("shakespeare_char", device), of_preset("shakespeare_char_dense", device)
-    ours = {"n_expert", "l1_norm", "l1_weight", "penalty_schedule"}
+    ours = {"n_expert", "router_input", "l1_norm", "l1_weight", "penalty_schedule"}
     assert dense["lateral"] and dense["shared_kv"] and not dense["decoder_self_attention"]
     length = {"max_iters"} if device == "cpu" else set()  # the same time
     differ = {name for name in dense if main[name] != dense[name]}
     assert differ == ours | {"out_dir", "wandb_run_name"} | length
     assert main["max_iters"] <= dense["max_iters"] and dense["n_expert"] == 0
     assert main["lr_decay_iters"] == main["penalty_iters"] == dense["lr_decay_iters"] == 0
+    assert main["router_input"] == "encoder"  # so that a prompt costs the encoder alone
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Where the time of a training step goes, on this machine.
+
+    OMP_NUM_THREADS=2 python experiments/profile_step.py [config/shakespeare_char.py]
+
+Prints the parts of a step in milliseconds, medians of 100 steps, and the share of each kind of
+operation in a step, by torch.profiler on one thread, where the times of operations add up.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator  # noqa: E402
+from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
+from muon import configure_optimizers, grad_norm  # noqa: E402
+
+KINDS = {
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm"),
+    "attention": ("flash_attention", "scaled_dot"),
+    "GELU": ("gelu",),
+    "LayerNorm": ("layer_norm",),
+    "AdamW": ("adamw",),
+}
+
+
+def main() -> None:
+    preset = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "config/shakespeare_char_dense.py")
+    settings, train = (ROOT / "train.py").read_text("utf-8"), {"__file__": "train.py"}
+    exec(settings.split("# " + "-" * 77)[1], train)
+    given = configurator.override(train, [preset, "--device=cpu"])
+    fields = {name: given[name] for name in vars(ModelConfig()) if name in given}
+    model = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65))
+    adamw, muon = dict(lr=1e-3), dict(lr=1e-3, momentum=given["muon_momentum"])
+    optimizers, params = configure_optimizers(model, adamw, muon), list(model.parameters())
+    text = torch.randint(65, (given["batch_size"], given["block_size"] + 1))
+
+    def step() -> list[float]:
+        times = [time.perf_counter()]
+
+        def lap() -> None:
+            times.append(time.perf_counter())
+
+        loss = model(text[:, :-1], text[:, 1:]).loss
+        lap()
+        loss.backward()
+        lap()
+        grad_norm(params)
+        lap()
+        for opt in optimizers:
+            opt.step()
+            lap()
+        model.zero_grad(set_to_none=True)
+        return [b - a for a, b in zip(times, times[1:], strict=False)]
+
+    steps = [step() for _ in range(110)][10:]
+    parts = ("forward", "backward", "gradient norm", "AdamW", "Muon")
+    medians = [statistics.median(part) for part in zip(*steps, strict=True)]
+    print(f"{preset}: {model.num_params():,} parameters, {torch.get_num_threads()} threads")
+    for name, seconds in zip((*parts, "a step"), (*medians, sum(medians)), strict=True):
+        print(f"{name:16} {seconds * 1e3:6.2f} ms {seconds / sum(medians):5.0%}")
+
+    torch.set_num_threads(1)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(20):
+            step()
+    events = profiled.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in events:
+        name = event.key.removeprefix("aten::")
+        kind = next((k for k, of in KINDS.items() if any(part in name for part in of)), "other")
+        shares[kind] += event.self_cpu_time_total / total
+    calls = sum(event.count for event in events if event.key.startswith("aten::")) // 20
+    print(", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
+    print(f"{calls:,} calls of torch's operations a step")
+
+
+if __name__ == "__main__":
+    main()
