@@ -43,6 +43,7 @@ def loss() -> None:
     labels = {
         "shakespeare_char_dense": (GREEN, "no experts"),
         "shakespeare_char": (BLUE, "16 experts"),
+        "decoder_only": (ORANGE, "plain GPT"),
     }
     _, ax = plt.subplots(figsize=(6.4, 3.0))
     for name, (color, label) in labels.items():

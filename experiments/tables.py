@@ -159,7 +159,7 @@ def recipe() -> str:
             f"{mean(rows):.3f}", show_difference(rows, found["decoder_only"]),
             percent(None if rows[0]["experts_on"] is None else mean(rows, "experts_on")),
         ))  # fmt: skip
-    heads = "| parameters: | iterations: | seeds from 11 on | mean: | to GPT: | experts on:"
+    heads = "| parameters: | iterations: | seeds 11 to 15 | mean: | to GPT: | experts on:"
     return markdown(heads, lines)
 
 
