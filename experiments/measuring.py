@@ -1,8 +1,21 @@
 """What the benchmarks measure alike."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator  # noqa: E402
+
+
+def settings_of(*argv: str) -> dict[str, Any]:
+    """The settings of `train.py config/... --key=value`, on a CPU if they name no device."""
+    train = {"__file__": "train.py"}
+    exec((ROOT / "train.py").read_text("utf-8").split("# " + "-" * 77)[1], train)
+    return configurator.override(train, ["--device=cpu", *argv])
 
 
 def num_params(model: nn.Module) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from measuring import settings_of  # noqa: E402
+
 from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
 from muon import configure_optimizers, grad_norm  # noqa: E402
 
@@ -30,10 +30,8 @@ KINDS = {
 
 
 def main() -> None:
-    preset = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "config/shakespeare_char_dense.py")
-    settings, train = (ROOT / "train.py").read_text("utf-8"), {"__file__": "train.py"}
-    exec(settings.split("# " + "-" * 77)[1], train)
-    given = configurator.override(train, [preset, "--device=cpu"])
+    path = sys.argv[1] if len(sys.argv) > 1 else "config/shakespeare_char_dense.py"
+    given = settings_of(path)
     fields = {name: given[name] for name in vars(ModelConfig()) if name in given}
     model = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65))
     adamw, muon = dict(lr=1e-3), dict(lr=1e-3, momentum=given["muon_momentum"])
@@ -61,7 +59,7 @@ def main() -> None:
     steps = [step() for _ in range(110)][10:]
     parts = ("forward", "backward", "gradient norm", "AdamW", "Muon")
     medians = [statistics.median(part) for part in zip(*steps, strict=True)]
-    print(f"{preset}: {model.num_params():,} parameters, {torch.get_num_threads()} threads")
+    print(f"{path}: {model.num_params():,} parameters, {torch.get_num_threads()} threads")
     for name, seconds in zip((*parts, "a step"), (*medians, sum(medians)), strict=True):
         print(f"{name:16} {seconds * 1e3:6.2f} ms {seconds / sum(medians):5.0%}")
 

@@ -15,6 +15,9 @@ import configurator
 from common import ROOT, fails_with, succeed
 from model import ModelConfig, ParallelEncoderDecoder
 
+sys.path.append(str(ROOT / "experiments"))
+from measuring import settings_of  # noqa: E402
+
 GLOBALS = {
     "__doc__": "A script.",
     "__file__": __file__,
@@ -260,10 +263,7 @@ def test_every_field_of_the_model_is_a_setting_with_its_default():
 
 def of_preset(name, device):
     """The settings of train.py with a preset."""
-    source, train = (ROOT / "train.py").read_text("utf-8"), {"__file__": "train.py"}
-    exec(source.split("# " + "-" * 77)[1], train)
-    argv = [str(ROOT / "config" / f"{name}.py"), f"--device={device}"]
-    return configurator.override(train, argv)
+    return settings_of(str(ROOT / "config" / f"{name}.py"), f"--device={device}")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
