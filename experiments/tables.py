@@ -127,6 +127,7 @@ def summary() -> str:
     lines = []
     for preset, label, model in (
         ("decoder_only", "plain GPT", "GPT"),
+        ("decoder_only --n_layer=4", "plain GPT of lean's size", ""),
         ("", "plain GPT with GQA", "GPT, GQA"),
         ("shakespeare_char_dense", "lean, no experts", "lean, shared_kv"),
         ("shakespeare_char", "lean, 16 experts", ""),
@@ -138,7 +139,7 @@ def summary() -> str:
             row, gpt = of_speed[model], of_speed["GPT"]
             cached = row["cache_bytes_a_token"] / gpt["cache_bytes_a_token"]
             cells = (f"{row['times_lean']:.2f}", f"{cached:.2f}")
-        name = label + (f" (`config/{preset}.py`)" if preset else "")
+        name = label + (f" (`{rows[0]['settings']}`)" if rows else "")
         loss = (f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}") if rows else ("", "")
         lines.append((name, *loss, *cells))
     heads = (

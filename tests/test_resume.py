@@ -42,7 +42,7 @@ def test_resume_needs_neither_the_preset_nor_its_settings(workplace):
     """The run that is killed goes on bit for bit; its settings stay as they were given."""
     mine = """
         base = "config/shakespeare_char.py"
-        on_cpu = {"block_size": 16, "batch_size": 4, "n_embd": 2 * 8, "n_expert": 8, "dropout": 0.2}
+        on_cpu = {"block_size": 16, "batch_size": 4, "n_embd": 3 * 8, "n_expert": 8, "dropout": 0.2}
         max_iters = 2 * 50
         penalty_schedule = "linear"
         eval_interval = max_iters // 4
