@@ -66,7 +66,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from measuring import num_params, settings_of  # noqa: E402
+from measuring import fields_of, num_params, settings_of  # noqa: E402
 
 from model import (  # noqa: E402
     KV,
@@ -192,9 +192,7 @@ def build_ours(kind: type[ParallelEncoderDecoder] = ParallelEncoderDecoder, **fi
 
 def build_preset(block_size: int) -> Model:
     """The model of the CPU preset, but for its block."""
-    settings = settings_of(str(ROOT / "config/shakespeare_char.py"))
-    names = ModelConfig.__dataclass_fields__.keys() & settings.keys()
-    of_model = {name: settings[name] for name in names}
+    of_model = fields_of(settings_of(str(ROOT / "config/shakespeare_char.py")))
     return build_ours(**of_model | dict(vocab_size=VOCABULARY, block_size=block_size))
 
 

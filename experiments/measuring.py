@@ -9,6 +9,7 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
+from model import ModelConfig  # noqa: E402
 
 
 def settings_of(*argv: str) -> dict[str, Any]:
@@ -16,6 +17,11 @@ def settings_of(*argv: str) -> dict[str, Any]:
     train = {"__file__": "train.py"}
     exec((ROOT / "train.py").read_text("utf-8").split("# " + "-" * 77)[1], train)
     return configurator.override(train, ["--device=cpu", *argv])
+
+
+def fields_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that are fields of ModelConfig: all but `vocab_size`."""
+    return {name: settings[name] for name in vars(ModelConfig()) if name in settings}
 
 
 def num_params(model: nn.Module) -> int:

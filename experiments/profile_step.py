@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from measuring import settings_of  # noqa: E402
+from measuring import fields_of, settings_of  # noqa: E402
 
 from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
 from muon import configure_optimizers, grad_norm  # noqa: E402
@@ -32,8 +32,7 @@ KINDS = {
 def main() -> None:
     path = sys.argv[1] if len(sys.argv) > 1 else "config/shakespeare_char_dense.py"
     given = settings_of(path)
-    fields = {name: given[name] for name in vars(ModelConfig()) if name in given}
-    model = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65))
+    model = ParallelEncoderDecoder(ModelConfig(**fields_of(given), vocab_size=65))
     adamw, muon = dict(lr=1e-3), dict(lr=1e-3, momentum=given["muon_momentum"])
     optimizers, params = configure_optimizers(model, adamw, muon), list(model.parameters())
     text = torch.randint(65, (given["batch_size"], given["block_size"] + 1))

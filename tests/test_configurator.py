@@ -16,7 +16,7 @@ from common import ROOT, fails_with, succeed
 from model import ModelConfig, ParallelEncoderDecoder
 
 sys.path.append(str(ROOT / "experiments"))
-from measuring import settings_of  # noqa: E402
+from measuring import fields_of, settings_of  # noqa: E402
 
 GLOBALS = {
     "__doc__": "A script.",
@@ -270,8 +270,7 @@ def of_preset(name, device):
 def test_presets_are_valid_and_the_baseline_has_as_many_parameters(device):
     sizes = {}
     for path in sorted((ROOT / "config").glob("[!_]*.py")):
-        settings = of_preset(path.stem, device)
-        fields = {name: settings[name] for name in vars(ModelConfig()) if name in settings}
+        fields = fields_of(of_preset(path.stem, device))
         sizes[path.stem] = ParallelEncoderDecoder(ModelConfig(**fields, vocab_size=65)).num_params()
     dense = sizes["shakespeare_char_dense"]
     assert sizes["canonical"] == pytest.approx(dense, rel=0.025)
