@@ -5,11 +5,10 @@
 
 Prints a table per size and writes experiments/bench_training.json. All models have one width and
 as many heads, learn from one batch in float32 and take turns, so that all meet the same noise.
-Speed is relative to the decoder-only model: seven layers, whose matrices three parallel layers
-match (28 C² a layer against 12 C²). The lateral variant without decoder self-attention has 24 C² a
-layer, that is two decoder-only layers. Beside an odd number of them, read speed x parameters.
-The share of the GEMM peak is of the peak measured right before each turn, since that of a shared
-machine changes from minute to minute.
+Speed is relative to the decoder-only model. L lean layers have matrices of (22 L + 2) C², L
+canonical ones (28 L + 1) C², D decoder-only ones 12 D C²: 7 lean layers are 13 decoder-only ones.
+Where they do not match, read speed x parameters. The share of the GEMM peak is of the peak measured
+right before each turn, since that of a shared machine changes from minute to minute.
 
 The peers run with fused attention and without dropout; x-transformers without biases and with a
 tied output, as ours. GPT-2 is there as it comes, with its own GELU of eight operations, and in its
@@ -53,35 +52,35 @@ class Size(NamedTuple):
     B: int  # sequences in a batch
     heads: int
     steps: int  # in a round
-    depth: int = 7  # decoder-only layers
+    depth: int  # decoder-only layers
 
 
 SIZES = {
-    "C=128": Size(128, 64, 12, 2, steps=10),
-    "C=384": Size(384, 256, 8, 6, steps=1),
-    "C=128, deep": Size(128, 64, 12, 2, steps=4, depth=21),
-    "C=384, deep": Size(384, 256, 2, 6, steps=1, depth=21),
+    "C=96": Size(96, 256, 6, 3, steps=4, depth=4),  # the CPU presets' size
+    "C=128": Size(128, 64, 12, 2, steps=4, depth=13),
+    "C=384": Size(384, 256, 4, 6, steps=1, depth=13),
 }
-EXPERTS = dict(n_expert=16, l1_norm="squared", l1_weight=0.05)
-LATERAL = dict(lateral=True, decoder_self_attention=False)
+NEW = dict(position_embedding="rotary", token_shift=True)
+LEAN = NEW | dict(lateral=True, decoder_self_attention=False, shared_kv=True)
+EXPERTS = dict(n_expert=16, router_input="encoder", l1_norm="squared", l1_weight=0.05)
 BASELINE, X = "decoder-only", "x-transformers"
 GPT2 = {"Hugging Face GPT-2": "gelu_new", "Hugging Face GPT-2, exact GELU": "gelu"}
 OURS = {  # the rest of the names are peers
-    "parallel": {},
-    "parallel, 16 experts": EXPERTS,
-    "parallel, lateral, no decoder self-attention": LATERAL,
-    BASELINE: dict(arch="decoder_only"),
-    "parallel, Muon": {},
-    f"{BASELINE}, Muon": dict(arch="decoder_only"),
+    "lean": LEAN,
+    "lean, 16 experts": LEAN | EXPERTS,
+    "canonical": {},
+    BASELINE: NEW | dict(arch="decoder_only"),
+    "lean, Muon": LEAN,
+    f"{BASELINE}, Muon": NEW | dict(arch="decoder_only"),
 }
 NAMES = (*OURS, *GPT2, X)
 
 
 def n_layer(name: str, size: Size) -> int:
     """The layers that have as many matrices as `depth` decoder-only ones, rounded."""
-    if name.startswith("parallel"):
-        return round(size.depth * 12 / (24 if "lateral" in name else 28))
-    return size.depth
+    if name.startswith("lean"):
+        return round((12 * size.depth - 2) / 22)
+    return round((12 * size.depth - 1) / 28) if name == "canonical" else size.depth
 
 
 def build(name: str, size: Size) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:

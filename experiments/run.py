@@ -235,7 +235,7 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
 def commit() -> str:
     """The commit that is checked out, with a + where files were changed."""
     head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
-    changed = ["git", "status", "--porcelain", "-uno", "--", ".", f":!experiments/{RESULTS.name}"]
+    changed = ["git", "status", "--porcelain", "-uno", "--", ".", ":!experiments/*results.jsonl"]
     changed = subprocess.check_output(changed, cwd=ROOT, text=True)
     return head.strip() + ("+" if changed else "")
 

@@ -168,8 +168,7 @@ def training(size: str) -> str:
     """Steps of training, from bench_training.py."""
     of_size = read("bench_training.json")[size]
     rows = of_size["models"].items()
-    deep = ", deep" if size.endswith("deep") else ""
-    heads = f"{of_size['C']} wide{deep}, {of_size['T']} tokens, batch {of_size['B']} "
+    heads = f"{of_size['C']} wide, {of_size['T']} tokens, batch {of_size['B']} "
     heads += "| layers: | parameters: | ms a step: | tokens/s: | speed: | speed x parameters: "
     return markdown(heads + "| of GEMM peak: | MiB:", (
         (name, str(row["layers"]), f"{row['parameters'] / 1e6:.2f} M", f"{row['ms']:,.0f}",
@@ -419,10 +418,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "trials, dense": lambda: trials("dense"),
     "trials, GPT": lambda: trials("GPT"),
     "trials, experts": lambda: trials("experts"),
+    "training, 96 wide": lambda: training("C=96"),
     "training, 128 wide": lambda: training("C=128"),
     "training, 384 wide": lambda: training("C=384"),
-    "training, 128 wide, deep": lambda: training("C=128, deep"),
-    "training, 384 wide, deep": lambda: training("C=384, deep"),
     "gpu, step": lambda: gpu("step"),
     "gpu, prompt": lambda: gpu("prompt"),
     "gpu, decode": lambda: gpu("decode"),

@@ -293,6 +293,13 @@ def test_the_dense_preset_is_the_main_job_without_experts(device):
     assert main["router_input"] == "encoder"  # so that a prompt costs the encoder alone
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_sparse_preset_is_the_main_job_with_another_penalty(device):
+    main, sparse = of_preset("shakespeare_char", device), of_preset("shakespeare_char_sparse", device)
+    differ = {name for name in main if sparse[name] != main[name]}
+    assert differ == {"l1_norm", "l1_weight", "penalty_schedule", "out_dir", "wandb_run_name"}
+
+
 @pytest.mark.parametrize(
     "argument, said",
     [

@@ -20,8 +20,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
+from run import commit  # noqa: E402
+from view import gemm_peak  # noqa: E402
+
 RESULTS = HERE / "results.jsonl"
 PATCHES = {
     "": "",
@@ -54,7 +60,11 @@ def read_trials() -> list[dict]:
 
 
 def run(trial: dict) -> None:
-    """One training run, in a folder of its own; appends its figures to the results."""
+    """One training run, in a folder of its own; appends its figures to the results, with what the
+    cores reached in a large matrix product just before."""
+    torch.set_num_threads(trial["threads"])
+    gemm_peak.cache_clear()
+    made_by = {"commit": commit(), "gemm_peak": gemm_peak("cpu")}
     with tempfile.TemporaryDirectory() as out_dir:
         # Without a preset the end alone is of interest.
         base = ["experiments/recipe/base.py", "--eval_interval=1000000"]
@@ -72,7 +82,7 @@ def run(trial: dict) -> None:
             sys.exit(f"{trial}:\n{done.stderr}")
         log = Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
     *evaluations, whole = map(json.loads, log)
-    row = trial | {
+    row = trial | made_by | {
         "parameters": int(re.search(r"([\d,]+) parameters", done.stdout)[1].replace(",", "")),
         "iterations": whole["iter"],
         "seconds": whole["seconds"],
