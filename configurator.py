@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv}
 UNDO = ExitStack()  # puts back what a script changed in its process, which may be a notebook's
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-LARGEST = {int: 2**63, float: 1e38}  # what a tensor of integers, or float32, cannot hold
+LARGEST = {int: 2**63, float: 1e38}  # near what an integer tensor, or float32, can hold
 UNUSABLE = (ValueError, ArithmeticError, MemoryError, RecursionError)  # what `evaluate` raises
 # Settings that there were once, and what took their place.
 ABLATED = "cross_first n_cross_head next_position router_detach rounding rounding_scale"

@@ -437,9 +437,8 @@ class ParallelEncoderDecoder(nn.Module):
         if targets is None:
             return ModelOutput(self.step(idx), None, {})
         if targets.shape != idx.shape:
-            raise ValueError(
-                f"targets is {tuple(targets.shape)}, idx {tuple(idx.shape)}: must be alike"
-            )
+            shapes = tuple(targets.shape), tuple(idx.shape)
+            raise ValueError("targets is {}, idx {}: must be alike".format(*shapes))
         _, d, masks = self.stacks(idx)
         logits = F.linear(self.ln_out(d[-1]), self.tok_emb.weight)
         loss = F.cross_entropy(
@@ -449,7 +448,8 @@ class ParallelEncoderDecoder(nn.Module):
         if masks:
             c, every = self.config, Mask(*map(torch.stack, zip(*masks, strict=True)))
             mean = {name: x.mean() for name, x in mask_statistics(every, c.l1_norm).items()}
-            penalty = sum(w * mean[n] for n in ("entropy", "l1") if (w := vars(c)[f"{n}_weight"]))
+            weights = {"entropy": c.entropy_weight, "l1": c.l1_weight}  # 0: no backward pass
+            penalty = sum(weight * mean[name] for name, weight in weights.items() if weight)
             loss = loss + penalty_scale * penalty
             metrics |= {name: x.detach() for name, x in mean.items()}
         return ModelOutput(logits, loss, metrics)

@@ -1,5 +1,5 @@
-# The baseline: a plain GPT. On a CPU it is the best that a search found for the same two minutes;
-# on a CUDA GPU it has as many parameters as config/shakespeare_char_dense.py.
+# The baseline: a plain GPT. On a CPU a search chose its settings, too, for the same two minutes; on
+# a CUDA GPU it has as many parameters as config/shakespeare_char_dense.py.
 
 base = "shakespeare_char_dense.py"
 out_dir = "out-decoder-only"

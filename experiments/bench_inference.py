@@ -28,7 +28,7 @@ one text and for ten.
 
 texts: 500 characters by the model of the CPU preset with its 16 experts, and by GPT-2s of equal
 parameters with as many blocks (4) and fewer (3). GPT-2 reads no more than its positions, so it has
-512. Ours has a block of 96, which moves as the text grows, or of 512 as well. GPT-2 samples by
+512. Ours has a block of 256, which moves as the text grows, or of 512 as well. GPT-2 samples by
 `generate`, as users call it, or by the shortest loop around its model. Compiled, ours is
 `compile_step`, as sample.py calls it. GPT-2 is compiled with that loop and a static cache, and
 without guards, which is safe only while the number of texts and the size of the cache stay the
@@ -427,17 +427,17 @@ def exhaust(sampler: Callable[[Tensor], Iterator[Tensor]], idx: Tensor) -> None:
 
 @torch.inference_mode()
 def measure_texts() -> Iterator[dict]:
-    preset, gpt2s = build_preset(96), {}
+    preset, gpt2s = build_preset(256), {}
     for layers in (4, 3):
         of_width = partial(build_gpt2, 512, layers, 2)
         width = closest_width(of_width, 2, preset.config.n_embd, num_params(preset))
         gpt2s[f"{GPT2}, {layers} layers"] = of_width(width)
-    base, uncached = "ours, block 96", "ours, one by one, no cache"
+    base, uncached = "ours, block 256", "ours, one by one, no cache"
     for texts in (10, 1):
         idx = torch.zeros(texts, 1, dtype=torch.long)
         models: dict[str, Model] = {
             base: preset,
-            f"{base}, compiled": compile_ours(96),
+            f"{base}, compiled": compile_ours(256),
             "ours, block 512": build_preset(512),
             "ours, block 512, compiled": compile_ours(512),
         }

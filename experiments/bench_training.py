@@ -17,7 +17,6 @@ itself: it computes all T positions, T - 1 of them count in its loss. Memory is 
 add, at their peak, to a process that has loaded all code, in MiB (Linux only).
 """
 
-import ctypes
 import json
 import random
 import statistics
@@ -40,6 +39,7 @@ from measuring import memory, num_params, step_flops  # noqa: E402
 
 from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
 from muon import configure_optimizers  # noqa: E402
+from runtime import start_processes  # noqa: E402
 from view import gemm_peak  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -68,7 +68,7 @@ GPT2 = {"Hugging Face GPT-2": "gelu_new", "Hugging Face GPT-2, exact GELU": "gel
 OURS = {  # the rest of the names are peers
     "lean": LEAN,
     "lean, 16 experts": LEAN | EXPERTS,
-    "canonical": {},
+    "canonical": NEW,
     BASELINE: NEW | dict(arch="decoder_only"),
     "lean, Muon": LEAN,
     f"{BASELINE}, Muon": NEW | dict(arch="decoder_only"),
@@ -192,13 +192,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # as train.py: keep freed memory, since each step asks for the same again
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+    start_processes("auto", "cpu")  # as train.py: keeps freed memory for the next step
     torch.set_num_threads(THREADS)
     if sys.argv[1:2] == ["--memory"]:
-        stepper(sys.argv[2], Size(12, 8, 1, 2, steps=1))[1]()  # loads torch's code, 20 MiB
+        stepper(sys.argv[2], Size(12, 8, 1, 2, steps=1, depth=2))[1]()  # loads torch's code, 20 MiB
         before = memory("VmRSS")
         _, train_step = stepper(sys.argv[2], SIZES[sys.argv[3]])
         for _ in range(3):

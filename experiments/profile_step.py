@@ -19,6 +19,7 @@ from measuring import fields_of, settings_of  # noqa: E402
 
 from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
 from muon import configure_optimizers, grad_norm  # noqa: E402
+from runtime import start_processes  # noqa: E402
 
 KINDS = {
     "matrix products": ("mm", "bmm", "addmm", "baddbmm"),
@@ -32,8 +33,9 @@ KINDS = {
 def main() -> None:
     path = sys.argv[1] if len(sys.argv) > 1 else "config/shakespeare_char_dense.py"
     given = settings_of(path)
+    start_processes("auto", "cpu")  # as train.py: keeps freed memory for the next step
     model = ParallelEncoderDecoder(ModelConfig(**fields_of(given), vocab_size=65))
-    adamw, muon = dict(lr=1e-3), dict(lr=1e-3, momentum=given["muon_momentum"])
+    adamw, muon = dict(lr=1e-3), dict(lr=1e-3, momentum=0.9, weight_decay=0.1)
     optimizers, params = configure_optimizers(model, adamw, muon), list(model.parameters())
     text = torch.randint(65, (given["batch_size"], given["block_size"] + 1))
 

@@ -2,7 +2,7 @@
 
     python experiments/run.py                   all that results.jsonl lacks, two runs at once
     python experiments/run.py curve variants    the runs of these questions alone
-    python experiments/run.py --repeat=310      runs line 310 of results.jsonl again, and compares
+    python experiments/run.py --repeat=300      runs line 300 of results.jsonl again, and compares
 
 Each question below is a function that gives its runs, a grid in plain Python. A run is train.py
 with a preset and settings, as a user would start it, on one thread, on tinyshakespeare; where a
@@ -262,6 +262,9 @@ def main() -> None:
     jobs = [{"question": q, **asked, "seed": seed} for q, asked, seed in jobs]
     done = {tuple(row[field] for field in what) for row in rows}
     jobs = [job for job in jobs if tuple(job[field] for field in what) not in done]
+    earlier = {row["question"] for row in rows if row.get("format") != FORMAT}
+    if mixed := {job["question"] for job in jobs} & earlier:
+        sys.exit(f"{', '.join(sorted(mixed))}: has runs of earlier presets; ask under a new name")
     if not jobs:
         print(f"{RESULTS.name} has all of these runs; --repeat=LINE runs one of them again")
 

@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE.parent)]
 from run import commit  # noqa: E402
+
 from view import gemm_peak  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
@@ -82,7 +83,9 @@ def run(trial: dict) -> None:
             sys.exit(f"{trial}:\n{done.stderr}")
         log = Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
     *evaluations, whole = map(json.loads, log)
-    row = trial | made_by | {
+    row = {
+        **trial,
+        **made_by,
         "parameters": int(re.search(r"([\d,]+) parameters", done.stdout)[1].replace(",", "")),
         "iterations": whole["iter"],
         "seconds": whole["seconds"],
