@@ -437,8 +437,8 @@ class ParallelEncoderDecoder(nn.Module):
         if targets is None:
             return ModelOutput(self.step(idx), None, {})
         if targets.shape != idx.shape:
-            shapes = tuple(targets.shape), tuple(idx.shape)
-            raise ValueError("targets is {}, idx {}: must be alike".format(*shapes))
+            of_targets, of_idx = tuple(targets.shape), tuple(idx.shape)
+            raise ValueError(f"targets is {of_targets}, idx {of_idx}: must be alike")
         _, d, masks = self.stacks(idx)
         logits = F.linear(self.ln_out(d[-1]), self.tok_emb.weight)
         loss = F.cross_entropy(

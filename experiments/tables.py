@@ -90,11 +90,15 @@ def markdown(heads: str, rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {line} |" for line in (*lines, *map(" | ".join, rows)))
 
 
-def recipe_runs() -> dict[str, list[dict]]:
+FAST, SLOW = range(11, 16), range(21, 26)  # seeds of the presets on two kinds of cores
+
+
+def recipe_runs(seeds: range = FAST) -> dict[str, list[dict]]:
     """The runs of presets in recipe/results.jsonl, 120 s each on two threads."""
     found: dict[str, list[dict]] = {}
     for row in read("recipe/results.jsonl"):
-        if preset := re.fullmatch(r"config/(\w+)\.py(.*)", row["settings"]):
+        preset = re.fullmatch(r"config/(\w+)\.py(.*)", row["settings"])
+        if preset and row["seed"] in seeds:
             row = row | {"question": "recipe", "name": "".join(preset.groups())}
             found.setdefault(row["name"], []).append(row)
     return {name: sorted_by_seed(rows) for name, rows in found.items()}
@@ -104,9 +108,9 @@ def trials(model: str) -> str:
     """The trials of a model in recipe/results.jsonl, those of 1,000 iterations first."""
     lines = []
     for row in sorted(read("recipe/results.jsonl"), key=lambda row: row["max_seconds"]):
-        kind = "experts" if "--n_expert" in row["settings"] else "dense"
-        kind = "GPT" if "--arch=decoder_only" in row["settings"] else kind
-        if kind == model and not row["settings"].startswith("config/"):
+        of_experts = re.search(r"--n_expert|shakespeare_char(_sparse)?\.py", row["settings"])
+        kind = "GPT" if "decoder_only" in row["settings"] else "experts" if of_experts else "dense"
+        if kind == model and row["seed"] < 11:
             changed = [*row["settings"].replace("--", "").split(), row["patch"]]
             changed = [c for c in changed if c and c != "arch=decoder_only"]
             lines.append((
@@ -148,9 +152,9 @@ def summary() -> str:
     return markdown(heads + "| at 20 M: KV cache per token, GPT = 1:", lines)
 
 
-def recipe() -> str:
-    """The presets, five seeds each."""
-    found = recipe_runs()
+def recipe(seeds: range = FAST) -> str:
+    """The presets, each seed."""
+    found = recipe_runs(seeds)
     lines = []
     for rows in found.values():
         losses = ", ".join(f"{row['val_loss']:.3f}" for row in rows)
@@ -160,7 +164,8 @@ def recipe() -> str:
             f"{mean(rows):.3f}", show_difference(rows, found["decoder_only"]),
             percent(None if rows[0]["experts_on"] is None else mean(rows, "experts_on")),
         ))  # fmt: skip
-    heads = "| parameters: | iterations: | seeds 11 to 15 | mean: | to GPT: | experts on:"
+    shown = f"seeds {seeds[0]} to {seeds[-1]}"
+    heads = f"| parameters: | iterations: | {shown} | mean: | to GPT: | experts on:"
     return markdown(heads, lines)
 
 
@@ -415,6 +420,7 @@ def use() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "recipe": recipe,
+    "recipe, slow cores": lambda: recipe(SLOW),
     "trials, dense": lambda: trials("dense"),
     "trials, GPT": lambda: trials("GPT"),
     "trials, experts": lambda: trials("experts"),

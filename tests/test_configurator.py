@@ -302,7 +302,8 @@ def test_the_sparse_preset_is_the_main_job_with_another_penalty(device):
     main = of_preset("shakespeare_char", device)
     sparse = of_preset("shakespeare_char_sparse", device)
     differ = {name for name in main if sparse[name] != main[name]}
-    assert differ == {"l1_norm", "l1_weight", "penalty_schedule", "out_dir", "wandb_run_name"}
+    penalties = {"l1_norm", "l1_weight", "entropy_weight", "penalty_schedule"}
+    assert differ == penalties | {"out_dir", "wandb_run_name"}
 
 
 @pytest.mark.parametrize(
