@@ -8,7 +8,7 @@ and read the same tokens. Layer l of the decoder attends to e_l, what layer l of
                                                       d = d + feed-forward(d)
 
 Notable:
-- Encoder layer l + 1 and decoder layer l need nothing from each other: L + 1 steps would do.
+- Encoder layer l + 1 and decoder layer l are independent: run at once (not here), L + 1 steps do.
 - Where no later token reads a state of the decoder (no decoder self-attention, and no router that
   reads the decoder), a prompt costs the encoder alone.
 - Experts: a learned mask switches groups of hidden units off, per token ("learned dropout").
@@ -53,7 +53,7 @@ class ModelConfig:
     # learned dropout
     n_expert: int = 0  # G, experts in each feed-forward block; 0: no learned dropout
     expert_site: str = "hidden"  # mask the 4 C hidden units; or output: the C outputs of a block
-    router_input: str = "hidden"  # x, or the output it masks; encoder: in the decoder, LN(e)
+    router_input: str = "hidden"  # the block's x (site output: its output); encoder: LN(e) for d's
     router_n_head: int = 1
     router_head_dim: int = 16  # of queries and keys; values have G / router_n_head
     shift_init: float = 0.0  # 0: m starts near 1, all experts on; pi: all off
@@ -130,8 +130,8 @@ def attend(q: Tensor, kv: KV, dropout: float = 0.0, one_each: bool = True) -> Te
 
 def heads(x: Tensor, n_head: int, qk_norm: bool = False, rotation: Tensor | None = None) -> Tensor:
     """x (B, T, H D) as (B, H, T, D); queries and keys also normalised and, by RoPE, rotated: each
-    pair (x_i, x_{i + D/2}) by an angle. `rotation` (2, T', D) has the cosines and the sines, of x_i
-    the negative ones, at the positions of this pass, of which x has the last T."""
+    pair (x_i, x_{i + D/2}) by an angle. `rotation` (2, T', D): cosines, and sines (negated in the
+    first half), at the positions of this pass, of which x has the last T."""
     x = x.view(x.size(0), x.size(1), n_head, -1).transpose(1, 2)
     x = F.rms_norm(x, x.shape[-1:]) if qk_norm else x
     if rotation is None:
@@ -211,10 +211,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, kv: KV | None, context: Context, last: bool = False) -> Tensor:
-        """(B, T, C); with `last` (B, 1, C), of the last query alone."""
+    def forward(self, x: Tensor, kv: KV | None, context: Context, one: bool = False) -> Tensor:
+        """(B, T, C); with `one` (B, 1, C), of the last query alone."""
         kv = self.key_value(x, context) if kv is None else kv
-        q = self.queries(x[:, -1:] if last else x, context)
+        q = self.queries(x[:, -1:] if one else x, context)
         return self.output(attend(q, kv, self.dropout.p if self.training else 0.0))
 
     def queries(self, x: Tensor, context: Context) -> Tensor:
@@ -277,7 +277,7 @@ class FeedForward(nn.Module):
 
     def skips(self, r: Tensor) -> bool:
         """Whether skipping experts is faster, as measured on a CPU: if at most half are on, and an
-        expert is large or the tokens are many. (grouped_mm wants rows of 16 bytes times n.)"""
+        expert is large or the tokens are many. (grouped_mm needs rows of whole 16 bytes.)"""
         if r.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         G, (units, C), dtype = r.size(-1), self.w1.weight.shape, self.w1.weight.dtype
@@ -287,7 +287,7 @@ class FeedForward(nn.Module):
         return large and fits and 2 * int(r.sum()) <= r.numel()
 
     def skip_experts(self, x: Tensor, r: Tensor) -> Tensor:
-        """W2 (GELU(W1 x) * r), each expert for its tokens alone: read if a token has it on."""
+        """W2 (GELU(W1 x) * r), each expert only for the tokens that have it on."""
         G, shape, x = r.size(-1), x.shape, x.flatten(0, 1)
         w1, w2 = self.w1.weight.unflatten(0, (G, -1)), self.w2.weight.unflatten(1, (G, -1))
         expert, token = r.flatten(0, 1).mT.nonzero(as_tuple=True)  # in the order of experts
@@ -313,7 +313,7 @@ def round_mask(m: Tensor, training: bool) -> Tensor:
 
 
 def entropy(m: Tensor) -> Tensor:
-    """-m log2(m). At m = 0 it is 0 with slope 0: the true slope is infinite, but dm/dA is 0."""
+    """-m log2(m), not Bernoulli's entropy. At m = 0 the slope is infinite; 0 here, as dm/dA is."""
     return -m * torch.log2(torch.where(m > 0, m, 1.0))
 
 
@@ -343,8 +343,8 @@ class EncoderLayer(nn.Module):
         self.ff = FeedForward(config)
 
     def forward(self, e: Tensor, kv: KV | None, context: Context) -> WithMask:
-        last = context.last and self.ff.router is None  # a router reads all positions
-        y = self.attention(self.ln_attention(e), kv, context, last)
+        one = context.last and self.ff.router is None  # a router reads all positions
+        y = self.attention(self.ln_attention(e), kv, context, one)
         e = tail(e, y) + y
         y, mask = self.ff(self.ln_ff(e), None, context)
         return tail(e, y) + y, mask
@@ -373,8 +373,8 @@ class DecoderLayer(nn.Module):
     def self_attention(self, d: Tensor, context: Context) -> Tensor:
         if self.attention is None:
             return d
-        last = context.last and (self.ff.router is None or self.ff.router_input == "encoder")
-        y = self.attention(self.ln_attention(d), None, context, last)  # a router of d reads all
+        one = context.last and (self.ff.router is None or self.ff.router_input == "encoder")
+        y = self.attention(self.ln_attention(d), None, context, one)  # a router of d reads all
         return tail(d, y) + y
 
 
@@ -387,7 +387,7 @@ class Stacks(NamedTuple):
 
 
 class ParallelEncoderDecoder(nn.Module):
-    """The two stacks between one embedding and one output layer, which share their weights."""
+    """Two stacks between a tied embedding and output layer; as "decoder_only" a plain GPT."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -455,7 +455,7 @@ class ParallelEncoderDecoder(nn.Module):
         return ModelOutput(logits, loss, metrics)
 
     def step(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """The logits (B, 1, V) of what follows idx (B, T), behind a cache: under torch.no_grad."""
+        """The logits (B, 1, V) of what follows idx (B, T). With a cache, under torch.no_grad."""
         d = self.stacks(idx, cache, last=True).d[-1]
         return F.linear(self.ln_out(d[:, -1:]), self.tok_emb.weight)
 
@@ -471,14 +471,14 @@ class ParallelEncoderDecoder(nn.Module):
                 d, mask = layer(d, None, final if layer is self.decoder[-1] else usual)
                 all_d, masks = [d] if last else [*all_d, d], [*masks, mask]
         else:
-            routes_d = c.n_expert > 0 and c.router_input == "hidden"
+            routes_d = c.n_expert > 0 and c.router_input == "hidden"  # routers read all of d
             e, d = x, (x if c.decoder_self_attention or routes_d or not last else x[:, -1:])
             d = d if c.lateral else self.w_in(d)
             all_e, all_d, masks, before = [e], [d], [], e
             for k in range(L + 1):  # makes d_k (k > 0) of e_k and d_{k-1}, and e_{k+1} of e_k
                 if k > 0 or c.shared_kv:
                     memory = self.ln_memory[f"e{k}"](e)
-                    kv = self.key_value[f"e{k}"](memory, usual)  # shared: of encoder layer k + 1
+                    kv = self.key_value[f"e{k}"](memory, usual)  # if shared, also of encoder[k]
                 if k > 0 and c.lateral:
                     d = d + (tail(e, d) - tail(before, d))
                 before = e
@@ -560,7 +560,7 @@ class ParallelEncoderDecoder(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """What `generate` adds to idx (B, T), as it comes: (B, 1) each. A full window moves by half
-        a block. Row after row takes its numbers from the generator; the rest as in sample_token."""
+        a block. The generator's numbers are drawn row by row; the rest as in sample_token."""
         self._check(idx[..., -self.config.block_size :])
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must not be negative")

@@ -10,6 +10,13 @@ learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99
 
+# The layer of shakespeare_char_dense.py.
+lateral = True
+decoder_self_attention = False
+shared_kv = True
+position_embedding = "rotary"
+token_shift = True
+
 on_cuda = {
     "block_size": 256,
     "batch_size": 32,

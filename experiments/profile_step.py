@@ -1,6 +1,6 @@
 """Where the time of a training step goes, on this machine.
 
-    OMP_NUM_THREADS=2 python experiments/profile_step.py [config/shakespeare_char.py]
+    OMP_NUM_THREADS=2 python experiments/profile_step.py [config/shakespeare_char.py --key=value]
 
 Prints the parts of a step in milliseconds, medians of 100 steps, and the share of each kind of
 operation in a step, by torch.profiler on one thread, where the times of operations add up.
@@ -21,6 +21,7 @@ from model import ModelConfig, ParallelEncoderDecoder  # noqa: E402
 from muon import configure_optimizers, grad_norm  # noqa: E402
 from runtime import start_processes  # noqa: E402
 
+PARTS = ("forward", "backward", "gradient norm", "AdamW", "Muon")
 KINDS = {
     "matrix products": ("mm", "bmm", "addmm", "baddbmm"),
     "attention": ("flash_attention", "scaled_dot"),
@@ -30,9 +31,8 @@ KINDS = {
 }
 
 
-def main() -> None:
-    path = sys.argv[1] if len(sys.argv) > 1 else "config/shakespeare_char_dense.py"
-    given = settings_of(path)
+def main(argv: list[str]) -> None:
+    given = settings_of(*argv)
     start_processes("auto", "cpu")  # as train.py: keeps freed memory for the next step
     model = ParallelEncoderDecoder(ModelConfig(**fields_of(given), vocab_size=65))
     adamw, muon = dict(lr=1e-3), dict(lr=1e-3, momentum=0.9, weight_decay=0.1)
@@ -58,10 +58,9 @@ def main() -> None:
         return [b - a for a, b in zip(times, times[1:], strict=False)]
 
     steps = [step() for _ in range(110)][10:]
-    parts = ("forward", "backward", "gradient norm", "AdamW", "Muon")
     medians = [statistics.median(part) for part in zip(*steps, strict=True)]
-    print(f"{path}: {model.num_params():,} parameters, {torch.get_num_threads()} threads")
-    for name, seconds in zip((*parts, "a step"), (*medians, sum(medians)), strict=True):
+    print(f"{' '.join(argv)}: {model.num_params():,} parameters, {torch.get_num_threads()} threads")
+    for name, seconds in zip((*PARTS, "a step"), (*medians, sum(medians)), strict=True):
         print(f"{name:16} {seconds * 1e3:6.2f} ms {seconds / sum(medians):5.0%}")
 
     torch.set_num_threads(1)
@@ -81,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["config/shakespeare_char_dense.py"])

@@ -121,35 +121,40 @@ def trials(model: str) -> str:
 
 
 def summary() -> str:
-    """Results at a glance: the losses of the presets, the speeds at 20 million parameters."""
-    found = recipe_runs()
-    of_speed = {
-        model: next(row for row in rows if row["prompt"] == 1024)
-        for (size, model, *_), rows in speeds("prompt").items()
+    """The losses of the presets, and what a token of a prompt costs."""
+    # In matrices of C x C. A GPT's last layer makes keys and values alone; a router has 48 rows.
+    lean, routers = 2 * 10 + 3 * 2, 4 * 48 / 96
+    lines = []
+    for preset, label, matrices in (
+        ("decoder_only", "plain GPT", 2 * 12 + 2),
+        ("decoder_only --n_layer=4", "plain GPT of lean's size", 3 * 12 + 2),
+        ("shakespeare_char_dense", "lean, no experts", lean),
+        ("shakespeare_char", "lean, 16 experts", lean + routers),
+    ):
+        rows = recipe_runs()[preset]
+        name = f"{label} (`{rows[0]['settings']}`)"
+        loss = (f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}")
+        lines.append((name, *loss, f"{matrices / lean:.2f}"))
+    heads = "two minutes | parameters: | validation loss: | operations of a prompt, lean = 1:"
+    return markdown(heads, lines)
+
+
+def summary_20m() -> str:
+    """Times and caches at 20 million parameters."""
+    rows = {
+        model: next(row for row in of if row["prompt"] == 1024)
+        for (size, model, *_), of in speeds("prompt").items()
         if size == "20 M"
     }
-    lines = []
-    for preset, label, model in (
-        ("decoder_only", "plain GPT", "GPT"),
-        ("decoder_only --n_layer=4", "plain GPT of lean's size", ""),
-        ("", "plain GPT with GQA", "GPT, GQA"),
-        ("shakespeare_char_dense", "lean, no experts", "lean, shared_kv"),
-        ("shakespeare_char", "lean, 16 experts", ""),
-        ("canonical", "canonical", "canonical"),
-    ):
-        rows = found.get(preset, [])
-        cells = ("", "")
-        if model:
-            row, gpt = of_speed[model], of_speed["GPT"]
-            cached = row["cache_bytes_a_token"] / gpt["cache_bytes_a_token"]
-            cells = (f"{row['times_lean']:.2f}", f"{cached:.2f}")
-        name = label + (f" (`{rows[0]['settings']}`)" if rows else "")
-        loss = (f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}") if rows else ("", "")
-        lines.append((name, *loss, *cells))
-    heads = (
-        "model | parameters: | validation loss: | at 20 M: time to read 1,024 tokens, lean = 1: "
-    )
-    return markdown(heads + "| at 20 M: KV cache per token, GPT = 1:", lines)
+    gpt, lines = rows["GPT"], []
+    names = {"GPT": "plain GPT", "GPT, GQA": "plain GPT with GQA", "lean, shared_kv": "lean"}
+    for model, label in (names | {"canonical": "canonical"}).items():
+        row = rows[model]
+        speed = row["times_lean"] / gpt["times_lean"]
+        cached = row["cache_bytes_a_token"] / gpt["cache_bytes_a_token"]
+        lines.append((label, millions(row), f"{speed:.2f}", f"{cached:.2f}"))
+    heads = "20 M, no experts | parameters: | time to read 1,024 tokens, GPT = 1: "
+    return markdown(heads + "| KV cache per token, GPT = 1:", lines)
 
 
 def recipe(seeds: range = FAST) -> str:
@@ -419,6 +424,7 @@ def use() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
+    "summary, 20 M": summary_20m,
     "recipe": recipe,
     "recipe, slow cores": lambda: recipe(SLOW),
     "trials, dense": lambda: trials("dense"),

@@ -1,8 +1,11 @@
-"""Tests of experiments/bench_gpu.py: its smoke test on a CPU, with tiny models."""
+"""Tests of the benchmarks of training: bench_gpu.py and profile_step.py with tiny models, on a CPU;
+and that bench_training.py compares models of one size."""
 
 import json
 
 import pytest
+
+from configurator import UNDO
 
 LEAN, GPT, GPT2 = "lean, shared_kv", "GPT", "Hugging Face GPT-2"
 SAME = {"lean, in series", "lean, two streams"}  # its weights, in another order
@@ -45,3 +48,31 @@ def test_its_rows_make_sense(tmp_path, monkeypatch):
                 sizes.setdefault(key, []).append(row["parameters"])
     for parameters in sizes.values():
         assert max(parameters) < 1.1 * min(parameters)
+
+
+def test_bench_training_compares_models_of_one_size():
+    import bench_training as bench
+
+    for size in bench.SIZES.values():
+        built = {name: bench.build(name, size)[0] for name in ("lean", bench.BASELINE, bench.X)}
+        lean, gpt, peer = map(bench.num_params, built.values())
+        assert lean == pytest.approx(gpt, rel=0.05 if size.C == 96 else 0.01)
+        assert peer == pytest.approx(gpt, rel=0.01)
+        assert built["lean"].config.shared_kv and built[bench.BASELINE].config.token_shift
+
+
+def test_the_profile_of_a_step(capsys, monkeypatch):
+    import profile_step
+
+    monkeypatch.setattr(profile_step.torch, "set_num_threads", lambda n: None)
+    sizes = ["--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=2"]
+    profile_step.main(["config/shakespeare_char.py", *sizes])
+    UNDO.close()
+    first, *parts, whole, shares, calls = capsys.readouterr().out.splitlines()
+    assert first.endswith("threads") and "--n_embd=32: " in first
+    assert [part.split("  ")[0] for part in parts] == list(profile_step.PARTS)
+    times = [float(line.split(" ms ")[0].split()[-1]) for line in (*parts, whole)]
+    assert min(times) > 0 and sum(times[:-1]) == pytest.approx(times[-1], abs=0.05)
+    percent = [int(share.split()[-1].rstrip("%")) for share in shares.split(", ")]
+    assert sum(percent) == pytest.approx(100, abs=4) and percent[0] > 0
+    assert int(calls.split()[0].replace(",", "")) > 1000
