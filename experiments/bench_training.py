@@ -43,7 +43,7 @@ from runtime import start_processes  # noqa: E402
 from view import gemm_peak  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
-V, ROUNDS, THREADS = 65, 6, 2  # the first round is not counted
+V, ROUNDS, THREADS = 65, 16, 2  # the first round is not counted
 
 
 class Size(NamedTuple):
