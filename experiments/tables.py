@@ -139,24 +139,6 @@ def summary() -> str:
     return markdown(heads, lines)
 
 
-def summary_20m() -> str:
-    """Times and caches at 20 million parameters."""
-    rows = {
-        model: next(row for row in of if row["prompt"] == 1024)
-        for (size, model, *_), of in speeds("prompt").items()
-        if size == "20 M"
-    }
-    gpt, lines = rows["GPT"], []
-    names = {"GPT": "plain GPT", "GPT, GQA": "plain GPT with GQA", "lean, shared_kv": "lean"}
-    for model, label in (names | {"canonical": "canonical"}).items():
-        row = rows[model]
-        speed = row["times_lean"] / gpt["times_lean"]
-        cached = row["cache_bytes_a_token"] / gpt["cache_bytes_a_token"]
-        lines.append((label, millions(row), f"{speed:.2f}", f"{cached:.2f}"))
-    heads = "20 M, no experts | parameters: | time to read 1,024 tokens, GPT = 1: "
-    return markdown(heads + "| KV cache per token, GPT = 1:", lines)
-
-
 def recipe(seeds: range = FAST) -> str:
     """The presets, each seed."""
     found = recipe_runs(seeds)
@@ -424,7 +406,6 @@ def use() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
-    "summary, 20 M": summary_20m,
     "recipe": recipe,
     "recipe, slow cores": lambda: recipe(SLOW),
     "trials, dense": lambda: trials("dense"),

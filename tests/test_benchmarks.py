@@ -69,7 +69,7 @@ def test_the_profile_of_a_step(capsys, monkeypatch):
     profile_step.main(["config/shakespeare_char.py", *sizes])
     UNDO.close()
     first, *parts, whole, shares, calls = capsys.readouterr().out.splitlines()
-    assert first.endswith("threads") and "--n_embd=32: " in first
+    assert first.endswith("threads") and "--n_embd=32 " in first
     assert [part.split("  ")[0] for part in parts] == list(profile_step.PARTS)
     times = [float(line.split(" ms ")[0].split()[-1]) for line in (*parts, whole)]
     assert min(times) > 0 and sum(times[:-1]) == pytest.approx(times[-1], abs=0.05)
