@@ -31,7 +31,7 @@ KINDS = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], steps: int = 100) -> None:
     given = settings_of(*argv)
     start_processes("auto", "cpu")  # as train.py: keeps freed memory for the next step
     model = ParallelEncoderDecoder(ModelConfig(**fields_of(given), vocab_size=65))
@@ -57,15 +57,15 @@ def main(argv: list[str]) -> None:
         model.zero_grad(set_to_none=True)
         return [b - a for a, b in zip(times, times[1:], strict=False)]
 
-    steps = [step() for _ in range(110)][10:]
-    medians = [statistics.median(part) for part in zip(*steps, strict=True)]
+    seconds_of = [step() for _ in range(10 + steps)][10:]
+    medians = [statistics.median(part) for part in zip(*seconds_of, strict=True)]
     print(f"{' '.join(argv)}: {model.num_params():,} parameters, {torch.get_num_threads()} threads")
     for name, seconds in zip((*PARTS, "a step"), (*medians, sum(medians)), strict=True):
         print(f"{name:16} {seconds * 1e3:6.2f} ms {seconds / sum(medians):5.0%}")
 
     torch.set_num_threads(1)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        for _ in range(20):
+        for _ in range(steps // 5):
             step()
     events = profiled.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         name = event.key.removeprefix("aten::")
         kind = next((k for k, of in KINDS.items() if any(part in name for part in of)), "other")
         shares[kind] += event.self_cpu_time_total / total
-    calls = sum(event.count for event in events if event.key.startswith("aten::")) // 20
+    calls = sum(event.count for event in events if event.key.startswith("aten::")) // (steps // 5)
     print(", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
     print(f"{calls:,} calls of torch's operations a step")
 
