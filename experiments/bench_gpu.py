@@ -21,17 +21,18 @@ evaluating. The wall-clock time also includes starting and sampling.
 step: forward, backward, clipping and AdamW, or Muon, in bfloat16 autocast. The small models have
 5 + 5 layers beside 9. GPT-2 has the exact GELU, and the loss function of ours. FLOPs are counted as
 in view.estimate_mfu. Memory is what a model adds at its peak.
-prompt: the time to read texts in bfloat16, from an empty cache on. One text keeps an H100 waiting
-for its next kernel; sixteen do not.
+prompt: the time to read texts in bfloat16, from an empty cache on; for one text also as one CUDA
+graph, since its kernels are shorter than what Python takes to launch them.
 decode: the time of one token behind a prompt in bfloat16, without sampling. GPT-2 is as it comes.
 Then the ways to do without launching kernels one by one:
 - graph: the eager step as one CUDA graph. The length is a tensor, so attention reads the whole
   cache through a mask.
 - graph, fixed length: the same without a mask. It cannot sample; it shows what the mask costs.
 - compiled: as by `compile_step`; compiled, graph: that as one CUDA graph.
-Three models of the ways have the same weights: lean, shared_kv, in which encoder layer l + 1 and
-decoder layer l share one attention; in series, the encoder and then the decoder; two streams, each
-stack on its own CUDA stream. serial() is the ablation, with keys and values of its own: 7 % larger.
+Four models of the ways have the same weights: lean, shared_kv, in which encoder layer l + 1 and
+decoder layer l share one attention; in pairs, they share every kernel; in series, the encoder and
+then the decoder; two streams, each stack on its own CUDA stream. serial() is the ablation, with
+keys and values of its own: 7 % larger.
 """
 
 import json
@@ -67,19 +68,20 @@ from measuring import num_params, step_flops  # noqa: E402
 
 import model as model_py  # noqa: E402
 from ablations import apply, restored, serial  # noqa: E402
-from model import Cache, Context, ModelOutput, ParallelEncoderDecoder, Stacks  # noqa: E402
+from model import KV, Cache, Context, ModelOutput, ParallelEncoderDecoder, Stacks  # noqa: E402
 from muon import configure_optimizers  # noqa: E402
 from view import gemm_peak  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
-BUDGETS = {"preset": 160.0, "step": 165.0, "prompt": 40.0, "decode": 105.0}  # seconds
+BUDGETS = {"preset": 130.0, "step": 180.0, "prompt": 45.0, "decode": 122.0}  # seconds
 GRACE = 6.0  # seconds behind its budget, after which a part is ended
 CUDA = torch.cuda.is_available()
 DEVICE, BACKEND = ("cuda", "inductor") if CUDA else ("cpu", "eager")
 TOLERANCE = 0.05  # of bfloat16 logits, times the largest one; 1e-3 in float32
 POSITIONS = 8192 + 64
 EXPERTS, MUON, GQA = f"{LEAN}, 16 experts", f"{LEAN}, Muon", "GPT, GQA"
-IN_SERIES, TWO_STREAMS, SERIAL = "lean, in series", "lean, two streams", "serial()"
+IN_SERIES, TWO_STREAMS, IN_PAIRS = "lean, in series", "lean, two streams", "lean, in pairs"
+SERIAL = "serial()"
 Rows = Iterator[dict | str]  # a str says what was left out, and why
 
 
@@ -137,8 +139,58 @@ class TwoStreams(InSeries):
     two_streams = True
 
 
+class InPairs(ParallelEncoderDecoder):
+    """The lean model with shared keys and values. A token goes through layers k of the decoder and
+    k + 1 of the encoder at once: as one layer of two vectors, each with matrices of its own."""
+
+    def __init__(self, config: model_py.ModelConfig):
+        super().__init__(config)
+        for k in range(1, config.n_layer):
+            dec, enc = self.decoder[k - 1], self.encoder[k]
+            of_d, of_e = dec.cross_attention, enc.attention
+            pairs = {
+                "ln_attention": (dec.ln_cross, enc.ln_attention), "query": (of_d.query, of_e.query),
+                "proj": (of_d.proj, of_e.proj), "ln_ff": (dec.ln_ff, enc.ln_ff),
+                "w1": (dec.ff.w1, enc.ff.w1), "w2": (dec.ff.w2, enc.ff.w2),
+            }  # fmt: skip
+            for name, (one, other) in pairs.items():
+                both = torch.stack([one.weight, other.weight]).detach()
+                both = both.mT.contiguous() if both.dim() == 3 else both[:, None]
+                self.register_buffer(f"{name}_{k}", both)  # (2, in, out), or (2, 1, C)
+
+    def stacks(self, idx: Tensor, cache: Cache | None = None, last: bool = False) -> Stacks:
+        if cache is None or idx.size(1) > 1:
+            return super().stacks(idx, cache, last)
+        (e, rotation), L = self.embed(idx, cache), self.config.n_layer
+        context = Context(rotation, cache)
+        x = torch.cat([e, e]).view(2, -1, self.config.n_embd)  # d and e, each (B, C)
+        for k in range(L + 1):
+            before, e = e, x[1][:, None]
+            memory = self.ln_memory[f"e{k}"](e)
+            kv = self.key_value[f"e{k}"](memory, context)
+            if 0 < k < L:
+                x = self.pair(k, torch.stack([x[0] + (e - before)[:, 0], x[1]]), kv, rotation)
+            elif k == 0:
+                x = torch.stack([x[0], self.encoder[0](e, kv, context)[0][:, 0]])
+        d = self.decoder[-1](x[0][:, None] + (e - before), memory, kv, context)[0]
+        cache.length = cache.length + 1
+        return Stacks([], [d], [])
+
+    def pair(self, k: int, x: Tensor, kv: KV, rotation: Tensor) -> Tensor:
+        q = self.normalised("ln_attention", k, x) @ getattr(self, f"query_{k}")
+        q = model_py.heads(q.transpose(0, 1), self.config.n_head, rotation=rotation)
+        y = model_py.attend(q, kv, one_each=False).transpose(0, 1)
+        x = torch.baddbmm(x, y, getattr(self, f"proj_{k}"))
+        h = F.gelu(self.normalised("ln_ff", k, x) @ getattr(self, f"w1_{k}"))
+        return torch.baddbmm(x, h, getattr(self, f"w2_{k}"))
+
+    def normalised(self, name: str, k: int, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:]) * getattr(self, f"{name}_{k}")
+
+
 LEAN_FIELDS = base.OURS[LEAN][1]
-KINDS = base.OURS | {IN_SERIES: (InSeries, LEAN_FIELDS), TWO_STREAMS: (TwoStreams, LEAN_FIELDS)}
+WAYS = {IN_SERIES: InSeries, TWO_STREAMS: TwoStreams, IN_PAIRS: InPairs}
+KINDS = base.OURS | {name: (kind, LEAN_FIELDS) for name, kind in WAYS.items()}
 SHAPES = {"canonical": (6, 7 / 8), GPT: (11, 1), GPT_IN_FULL: (11, 1), GQA: (12, 1), GPT2: (11, 1)}
 
 # -----------------------------------------------------------------------------
@@ -232,10 +284,10 @@ TINY_PRESET = "--n_layer=1 --n_head=2 --n_embd=48 --block_size=32 --batch_size=4
 
 
 def measure_preset(run: Run) -> Rows:
-    seconds = 1 if run.quick else 55  # starting and sampling take ten more
+    seconds = 1 if run.quick else 40  # starting and sampling take twenty more
     settings = [f"--device={DEVICE}", f"--max_seconds={seconds}"]
     settings += [*TINY_PRESET.split(), f"--compile={CUDA}"] if run.quick else []
-    for preset in ("shakespeare_char_dense", "decoder_only", "shakespeare_char"):
+    for preset in ("shakespeare_char", "decoder_only", "shakespeare_char_dense"):
         if run.spent(seconds + 6):
             yield f"{preset}: the budget is spent"
             continue
@@ -349,29 +401,43 @@ class Trained:
 
 
 SIZES = {"small": SMALL, "large": LARGE}
-COMPILED = {"small": (GPT, LEAN, GPT2, EXPERTS), "large": (GPT, LEAN, GPT2)}
+COMPILED = {
+    "small": (GPT, LEAN, GPT2, EXPERTS), "large": (GPT, LEAN, GPT2),
+    "decode": (LEAN, GPT, IN_PAIRS, IN_SERIES),
+}  # fmt: skip
 
 
-def compile_all() -> None:
+def compile_all(*kinds: str) -> None:
     """Compiles the models, each in a process of its own: then torch finds them in its cache."""
     command = [sys.executable, __file__, "--compile"]
-    pairs = [(size, name) for size, names in COMPILED.items() for name in names]
+    pairs = [(kind, name) for kind in kinds for name in COMPILED[kind]]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     started = [subprocess.Popen([*command, *pair], **quiet) for pair in pairs]
     for process in started:  # what fails here fails again below, and is told there
         process.wait()
 
 
+def compile_one(kind: str, name: str) -> None:
+    if kind == "decode":
+        with torch.no_grad():
+            model = build(name, *LARGE_DECODED)
+            past = read_prompt(model, random_ids(1, NEAR).to(DEVICE), room=64)
+            find_way(model, past, NEAR, "compiled")
+    else:
+        torch.set_float32_matmul_precision("high")
+        Trained(name, SIZES[kind], compiled=True)
+
+
 def measure_step(run: Run) -> Rows:
     torch.set_float32_matmul_precision("high")  # as train.py
     if not run.quick:
-        compile_all()
+        compile_all("small", "large")
     sizes = (TINY,) if run.quick else (SMALL, LARGE)
     turns = [(size, (GPT, LEAN, EXPERTS, GPT2, MUON), "eager") for size in sizes]
     if run.quick:
         turns.append((TINY, (LEAN,), "compiled"))
     else:
-        turns += [(SIZES[size], names, "compiled") for size, names in COMPILED.items()]
+        turns += [(SIZES[size], COMPILED[size], "compiled") for size in SIZES]
     gpts: dict[tuple[Training, str], Trained] = {}
     slowest = 8.0  # seconds, of compiling what is in the cache
     for size, names, how in turns:
@@ -412,22 +478,42 @@ def measure_prompt(run: Run) -> Rows:
                 yield f"C={width}, {texts} prompts of {T:,}: the budget is spent"
                 continue
             prompt, times = random_ids(texts, T).to(DEVICE), 1 if run.quick else 5
-            how = (prompt, texts)
-            tasks = {n: (partial(read_prompt, m, *how), times) for n, m in models.items()}
-            seconds = interleave(tasks, run.rounds)
-            for name, model in models.items():
+            calls = {("eager", n): partial(read_texts, m, prompt) for n, m in models.items()}
+            for way, name in [*calls] if texts == 1 else ():
+                try:
+                    again, out = capture(calls[way, name])
+                    out.zero_()
+                    again()
+                    assert difference(out, calls[way, name]()) < TOLERANCE, "other logits"
+                    calls["graph", name] = again
+                except Exception as error:
+                    yield brief(f"C={width}, a prompt of {T:,}, {name}, graph", error)
+            seconds = interleave({key: (call, times) for key, call in calls.items()}, run.rounds)
+            for way, name in calls:
+                cache = read_prompt(models[name], prompt[:1])
                 yield {
-                    "C": width, "model": name, "parameters": num_params(model), "prompt": T,
-                    "texts": texts, **timed(seconds[name], seconds[GPT]),
-                    "cache_bytes_a_token": base.cache_bytes(read_prompt(model, prompt[:1])) // T,
+                    "C": width, "model": name, "way": way, "prompt": T, "texts": texts,
+                    "parameters": num_params(models[name]),
+                    **timed(seconds[way, name], seconds.get((way, GPT))),
+                    "cache_bytes_a_token": base.cache_bytes(cache) // T,
                 }  # fmt: skip
 
 
+def read_texts(model: nn.Module, texts: Tensor) -> Tensor:
+    """The logits of what follows each text (B, T), read into a new cache."""
+    return base.step(model, texts, base.new_cache(model, *texts.shape))
+
+
+LARGE_DECODED, NEAR = (768, 12), 1024  # width and heads; tokens behind which one is decoded
+
+
 def measure_decode(run: Run) -> Rows:
-    large, small = (64, 2) if run.quick else (768, 12), (384, 6)
-    (near, far), many = ((32, 64), 4) if run.quick else ((1024, 8192), 64)
+    large, small = (64, 2) if run.quick else LARGE_DECODED, (384, 6)
+    (near, far), many = ((32, 64), 4) if run.quick else ((NEAR, 8192), 64)
+    if not run.quick:
+        compile_all("decode")
     yield from decode_eagerly(run, *large, near, many)
-    yield from decode_in_ways(run, *large, near, 1, (LEAN, GPT, IN_SERIES)[: 1 if run.quick else 3])
+    yield from decode_in_ways(run, *large, near, 1, COMPILED["decode"][: 1 if run.quick else 4])
     if not run.quick:
         yield from decode_eagerly(run, *small, near, many)
         yield from decode_in_ways(run, *large, near, many)
@@ -526,8 +612,8 @@ def decode_in_ways(
         yield f"C={width}, {texts} texts behind {T:,}, graphs: the budget is spent"
         return
     torch._dynamo.config.recompile_limit = 64
-    models = build_all((LEAN, GPT, IN_SERIES, TWO_STREAMS, SERIAL), width, heads)
-    prompt, slowest = random_ids(1, T).to(DEVICE), 15.0  # seconds, of compiling
+    models = build_all((LEAN, GPT, *WAYS, SERIAL), width, heads)
+    prompt, slowest = random_ids(1, T).to(DEVICE), 8.0  # seconds, of compiling
     caches = {name: read_prompt(model, prompt, texts, room=64) for name, model in models.items()}
     simple = [(w, name) for w in ("eager", "graph, fixed length", "graph") for name in models]
     for turn in (simple, [(w, n) for n in compiled for w in ("compiled", "compiled, graph")]):
@@ -571,8 +657,8 @@ PARTS: dict[str, tuple[Callable[[Run], Rows], dict[str, str]]] = {
         "peak_memory_mib": ",.0f", "compile_seconds": ".0f",
     }),
     "prompt": (measure_prompt, {
-        "C": "", "model": "", "parameters": ",", "prompt": ",", "texts": "", "ms": ".2f",
-        "speed": ".2f", "cache_bytes_a_token": ",",
+        "C": "", "prompt": ",", "texts": "", "model": "", "way": "", "parameters": ",",
+        "ms": ".2f", "speed": ".2f", "cache_bytes_a_token": ",",
     }),
     "decode": (measure_decode, {
         "C": "", "behind": ",", "texts": "", "model": "", "way": "", "parameters": ",",
@@ -682,7 +768,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
         measure_part(*sys.argv[2:])
     elif sys.argv[1:2] == ["--compile"]:
-        torch.set_float32_matmul_precision("high")
-        Trained(sys.argv[3], SIZES[sys.argv[2]], compiled=True)
+        compile_one(*sys.argv[2:])
     else:
         main(sys.argv[1:])

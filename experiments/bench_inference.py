@@ -246,14 +246,17 @@ def step(model: Model, idx: Tensor, cache: AnyCache) -> Tensor:
     return model.step(idx, cache)
 
 
+def new_cache(model: Model, texts: int, size: int) -> AnyCache:
+    if isinstance(model, GPT2LMHeadModel):
+        return DynamicCache(config=model.config)
+    return Cache(model, texts, size)
+
+
 def read_prompt(model: Model, prompt: Tensor, texts: int = 1, room: int = 0) -> AnyCache:
     """Reads a prompt (1, T). The cache serves so many texts, with room for more tokens."""
-    if isinstance(model, GPT2LMHeadModel):
-        cache = DynamicCache(config=model.config)
-    else:
-        cache = Cache(model, texts, prompt.size(1) + room)
+    cache = new_cache(model, texts, prompt.size(1) + room)
     step(model, prompt, cache)
-    if isinstance(model, GPT2LMHeadModel) and texts > 1:
+    if isinstance(cache, DynamicCache) and texts > 1:
         cache.batch_repeat_interleave(texts)
     return cache
 

@@ -8,7 +8,7 @@ import pytest
 from configurator import UNDO
 
 LEAN, GPT, GPT2 = "lean, shared_kv", "GPT", "Hugging Face GPT-2"
-SAME = {"lean, in series", "lean, two streams"}  # its weights, in another order
+SAME = {"lean, in series", "lean, two streams", "lean, in pairs"}  # its weights, in another order
 
 
 def rows_of(result, *names):
