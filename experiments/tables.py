@@ -172,7 +172,7 @@ def training(size: str) -> str:
 
 
 def gpu(part: str) -> str:
-    """Training steps, or prompts and tokens decoded eagerly, from bench_gpu.py."""
+    """A part of bench_gpu.py: of prompts and tokens, how fast each model is in each way."""
     rows = read("bench_gpu.json")[part]["rows"]
     if part == "step":
         heads = "width | model | | parameters: | ms a step: | speed: | of GEMM peak: | MiB:"
@@ -182,12 +182,27 @@ def gpu(part: str) -> str:
              f"{row['peak_memory_mib']:,.0f}")
             for row in rows
         ))  # fmt: skip
-    behind = "prompt" if part == "prompt" else "behind"
-    return markdown(f"width | model | parameters: | texts: | {behind}: | ms: | speed:", (
-        (f"{row['C']}", row["model"], millions(row), f"{row['texts']}", f"{row[behind]:,}",
-         f"{row['ms']:.2f}", f"{row['speed']:.2f}")
-        for row in rows
-    ))  # fmt: skip
+    if part == "preset":
+        heads = "preset | parameters: | loss: | at iteration: | after: | experts on:"
+        return markdown(heads, (
+            (f"`{row['preset']}`", millions(row), f"{row['loss']:.3f}", f"{row['iterations']:,}",
+             f"{row['seconds']:.0f} s", percent(row["experts_on"] or 0).removeprefix("0%"))
+            for row in rows
+        ))  # fmt: skip
+    behind, found = "prompt" if part == "prompt" else "behind", {}
+    for row in rows:  # "eager" is there twice, with other models beside the GPT
+        key = (f"{row['C']}", f"{row[behind]:,}", f"{row['texts']}", row["way"])
+        found.setdefault(key, {}).setdefault(row["model"], row)
+    names = [*dict.fromkeys(name for of in found.values() for name in of if name != "GPT")]
+    names.sort(key=lambda name: not name.startswith("lean"))
+    return markdown(
+        f"width | {behind}: | texts: | way | GPT: | {': | '.join(names)}:",
+        (
+            (*key, f"{of['GPT']['ms']:.2f} ms")
+            + tuple(f"{of[name]['speed']:.2f}" if name in of else "" for name in names)
+            for key, of in found.items()
+        ),
+    )
 
 
 def speeds(part: str) -> dict[tuple[str, ...], list[dict]]:
@@ -415,6 +430,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training, 128 wide": lambda: training("C=128"),
     "training, 384 wide": lambda: training("C=384"),
     "gpu, step": lambda: gpu("step"),
+    "gpu, preset": lambda: gpu("preset"),
     "gpu, prompt": lambda: gpu("prompt"),
     "gpu, decode": lambda: gpu("decode"),
     "prompt": prompt,
