@@ -1,13 +1,13 @@
 """What did not pay, or is asked for an answer only: models that no setting of train.py makes.
 
-    python experiments/ablations.py "serial()" config/canonical.py --out_dir=out-serial
-    python experiments/ablations.py "serial()" sample.py --out_dir=out-serial
+    python experiments/ablations.py "lag(2)" config/canonical.py --out_dir=out-serial
+    python experiments/ablations.py "lag(2)" sample.py --out_dir=out-serial
     python experiments/ablations.py                           lists the ablations
 
 An ablation is a function below. It returns a few small classes, each a subclass of the class of
 model.py with the same name. `apply` puts them in its place, and model.py builds the model of them.
 So an ablation is applied before the model is built, and before train.py imports the classes.
-Several are applied in order: `"serial()" "w_lat()"`. A checkpoint has their names, and is refused
+Several are applied in order: `"lag(2)" "top_k(4)"`. A checkpoint has their names, and is refused
 where they are not named again, to resume or to sample. Names and shapes are those of model.py. "The
 origin" is https://github.com/yiphei/yif-AI, where the idea of this project comes from.
 """
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 from configurator import fail  # noqa: E402
-from model import Context, Mask, attend, stacked, tail  # noqa: E402
+from model import Context, Mask, Stacks, attend, stacked, tail  # noqa: E402
 
 Classes = tuple[type, ...]
 
@@ -157,25 +157,132 @@ def gate() -> Classes:
 # ---- the stacks -------------------------------------------------------------
 
 
-def serial() -> Classes:
-    """The same two stacks one after the other: each layer of the decoder attends to e_L, as in an
-    encoder-decoder (arXiv:1706.03762), with its own LayerNorm, keys and values. The decoder starts
-    from W_in E; with `lateral` from e_L. stacks(idx).e holds e_L in place of e_1 to e_L."""
+def lag(k: int) -> Classes:
+    """The decoder k layers behind: it starts from W_in e_k, with `lateral` from e_k, and its layer
+    l reads e_{min(l + k, L)}. lag(0) is the parallel model, lag(L) the serial one of the origin.
+    The critical path has min(L + 1 + k, 2 L) layers."""
+    require(type(k) is int and k >= 0, f"lag({k!r}): must be an int, not negative")
+    return staggered(k), needs(arch="parallel")
 
-    class EncoderLayer(model.EncoderLayer):
-        all_layers = ()  # of the encoder, in its first layer; the others have nothing left to do
 
-        def forward(self, e, kv, context):
-            for layer in self.all_layers:
-                e, layer.mask = super(EncoderLayer, layer).forward(e, kv, context)
-            return e, self.mask
+def yoco() -> Classes:
+    """YOCO (arXiv:2405.05254) with full attention in its first half: L layers, as of a GPT, make
+    e_L, from which L others go on. These attend to one set of keys and values, of LN(e_L)."""
+    lean = dict(lateral=True, decoder_self_attention=False, shared_kv=False)
+    return staggered(None), needs(arch="parallel", **lean)
+
+
+def staggered(k: int | None) -> type:
+    """The model of lag(k); None: that of yoco(). The encoder runs first, and then the decoder."""
 
     class ParallelEncoderDecoder(model.ParallelEncoderDecoder):
         def __init__(self, config):
             super().__init__(config)
-            self.encoder[0].all_layers = tuple(self.encoder)
+            L = config.n_layer
+            require(k is None or k <= L, f"lag({k}): must be at most n_layer={L}")
+            if k is None:
+                for of_states in (self.ln_memory, self.key_value):
+                    for j in range(1, L):
+                        del of_states[f"e{j}"]
 
-    return EncoderLayer, ParallelEncoderDecoder, needs(arch="parallel", shared_kv=False)
+        def stacks(self, idx, cache=None, last=False):
+            self._check(idx, cache)
+            c, L = self.config, self.config.n_layer
+            (e, rotation), masks, kv = self.embed(idx, cache), {}, None
+            context, all_e, shared = Context(rotation, cache), [e], {}
+            for j in range(L + 1):
+                if c.shared_kv or (k is None and j == L):
+                    shared[j] = _, kv = self.memory(j, e, context)
+                if j < L:
+                    e, masks[2 * j] = self.encoder[j](e, kv, context)
+                    all_e.append(e)
+            reads = [L if k is None else min(j + k, L) for j in range(L + 1)]
+            by_all = c.decoder_self_attention or (c.n_expert > 0 and c.router_input == "hidden")
+            before = all_e[reads[0]]
+            d = before[:, -1:] if last and not by_all else before
+            d = d if c.lateral else self.w_in(d)
+            all_d = [d]
+            for j in range(1, L + 1):
+                e = all_e[reads[j]]
+                d, before = (d + tail(e - before, d) if c.lateral else d), e
+                memory, kv = shared.get(reads[j]) or self.memory(j, e, context)
+                how = context._replace(last=last and j == L)
+                d, masks[2 * j - 1] = self.decoder[j - 1](d, memory, kv, how)
+                all_d.append(d)
+            if cache is not None:
+                cache.length = cache.length + idx.size(1)
+                if c.token_shift:
+                    cache.newest.copy_(idx[:, -1:])
+            return Stacks(all_e, all_d, [masks[j] for j in range(2 * L)] if c.n_expert else [])
+
+        def memory(self, j, e, context):
+            memory = self.ln_memory[f"e{j}"](e)
+            return memory, self.key_value[f"e{j}"](memory, context)
+
+    return ParallelEncoderDecoder
+
+
+def gqa() -> Classes:
+    """A GPT with grouped-query attention (arXiv:2305.13245): query heads h and h + H / 2 attend to
+    head h of the keys and values."""
+
+    class KeyValueProjection(model.KeyValueProjection):
+        def __init__(self, config):
+            super().__init__(config)
+            C, H = config.n_embd, config.n_head
+            require(H % 2 == 0, f"n_head={H}: must be even in this ablation")
+            self.linear = stacked(C, (C // 2, C // 2), config.bias)
+            self.kv_shape = H // 2, C // H, C // H
+
+    class Attention(model.Attention):
+        def forward(self, x, kv, context, last=False):
+            k, v, mask = self.key_value(x, context)
+            q = self.queries(x[:, -1:] if last else x, context)  # (B, H, T, D)
+            dropout = self.dropout.p if self.training else 0.0
+            if q.size(2) > 1:
+                kv = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), mask
+                return self.output(attend(q, kv, dropout))
+            # The two queries of a group go side by side, so that its keys are read once.
+            q = q.view(len(q), 2, -1, q.size(-1)).transpose(1, 2)  # (B, H / 2, 2, D)
+            y = attend(q, (k, v, mask), dropout, one_each=False)  # (B, 2, C / 2)
+            return self.output(y.flatten(1)[:, None])
+
+    return KeyValueProjection, Attention, needs(arch="decoder_only")
+
+
+def embedding_loss(how: str, weight: float) -> Classes:
+    """The origin's loss of the embeddings, in training only: the mean over time of LN_a(E), so far,
+    is drawn to LN_b(e_L), with e_L detached. So it trains the embeddings and the two LayerNorms.
+    "mse"; "cosine": (1 - cos) / 2; "log_cosine": -log((1 + cos) / 2). The weights of both
+    LayerNorms can go to 0, and take the mse with them."""
+    allowed = ("mse", "cosine", "log_cosine")
+    require(how in allowed, f"embedding_loss({how!r}): must be one of {', '.join(allowed)}")
+    ok = type(weight) in (int, float) and 0 <= weight < math.inf
+    require(ok, f"embedding_loss(weight={weight!r}): must be finite and not negative")
+
+    class ParallelEncoderDecoder(model.ParallelEncoderDecoder):
+        def __init__(self, config):
+            super().__init__(config)
+            self.ln_a = nn.LayerNorm(config.n_embd, bias=config.bias)
+            self.ln_b = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+        def forward(self, idx, targets=None, penalty_scale=1.0):
+            output = super().forward(idx, targets, penalty_scale)
+            if output.loss is None or not self.training:
+                return output
+            return output._replace(loss=output.loss + weight * self.embedding_loss)
+
+        def stacks(self, idx, cache=None, last=False):
+            found = super().stacks(idx, cache, last)
+            if self.training:
+                x, e = self.ln_a(found.e[0]), self.ln_b(found.e[-1].detach())
+                x = x.cumsum(dim=1) / torch.arange(1, x.size(1) + 1, device=x.device)[:, None]
+                same = (1 + F.cosine_similarity(x, e, dim=-1)) / 2
+                losses = dict(mse=(x - e).square(), cosine=1 - same, log_cosine=-same.log())
+                self.embedding_loss = losses[how].mean()
+            return found
+
+    return ParallelEncoderDecoder, needs(arch="parallel")
 
 
 def next_position(how: str) -> Classes:
@@ -361,8 +468,8 @@ def unskipped() -> type:
 ABLATIONS = {
     ablation.__name__: ablation
     for ablation in (
-        cross_first, n_cross_head, w_lat, attention_encoder, swiglu, gate, serial, next_position,
-        rounding, router_detach, embedding_router, top_k,
+        cross_first, n_cross_head, w_lat, attention_encoder, swiglu, gate, lag, yoco, gqa,
+        embedding_loss, next_position, rounding, router_detach, embedding_router, top_k,
     )
 }  # fmt: skip
 
@@ -393,7 +500,7 @@ def read(text: str) -> Classes:
         name, args = call.func.id, [ast.literal_eval(arg) for arg in call.args]
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, AttributeError, MemoryError, RecursionError):
-        said = "must be an ablation with its arguments, such as serial() or top_k(4)"
+        said = "must be an ablation with its arguments, such as yoco() or top_k(4)"
         raise ValueError(f"{text!r}: {said}") from None
     if name not in ABLATIONS:
         near = difflib.get_close_matches(name, ABLATIONS, n=1)

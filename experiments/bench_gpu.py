@@ -32,7 +32,7 @@ Then the ways to do without launching kernels one by one:
 - compiled: as by `compile_step`; compiled, graph: that as one CUDA graph.
 Four models of the ways have the same weights: lean, shared_kv, in which encoder layer l + 1 and
 decoder layer l share one attention; in pairs, they share every kernel; in series, the encoder and
-then the decoder; two streams, each stack on its own CUDA stream. serial() is the ablation, with
+then the decoder; two streams, each stack on its own CUDA stream. lag(6) is the ablation, with
 keys and values of its own: 7 % larger.
 """
 
@@ -68,7 +68,7 @@ from bench_inference import GPT, GPT2, GPT_IN_FULL, LEAN, random_ids, ratio, rea
 from measuring import num_params, step_flops  # noqa: E402
 
 import model as model_py  # noqa: E402
-from ablations import apply, restored, serial  # noqa: E402
+from ablations import lag  # noqa: E402
 from model import KV, Cache, Context, ModelOutput, ParallelEncoderDecoder, Stacks  # noqa: E402
 from muon import configure_optimizers  # noqa: E402
 from view import gemm_peak  # noqa: E402
@@ -82,7 +82,7 @@ TOLERANCE = 0.05  # of bfloat16 logits, times the largest one; 1e-3 in float32
 POSITIONS = 8192 + 64
 EXPERTS, MUON, GQA = f"{LEAN}, 16 experts", f"{LEAN}, Muon", "GPT, GQA"
 IN_SERIES, TWO_STREAMS, IN_PAIRS = "lean, in series", "lean, two streams", "lean, in pairs"
-SERIAL = "serial()"
+SERIAL = "lag(6)"
 Rows = Iterator[dict | str]  # a str says what was left out, and why
 
 
@@ -191,7 +191,7 @@ class InPairs(ParallelEncoderDecoder):
 
 LEAN_FIELDS = base.OURS[LEAN][1]
 WAYS = {IN_SERIES: InSeries, TWO_STREAMS: TwoStreams, IN_PAIRS: InPairs}
-KINDS = base.OURS | {name: (kind, LEAN_FIELDS) for name, kind in WAYS.items()}
+PEERS = base.OURS | {SERIAL: (partial(lag, 6), LEAN_FIELDS | dict(shared_kv=False))}
 SHAPES = {"canonical": (6, 7 / 8), GPT: (11, 1), GPT_IN_FULL: (11, 1), GQA: (12, 1), GPT2: (11, 1)}
 
 # -----------------------------------------------------------------------------
@@ -239,15 +239,12 @@ def build(name: str, width: int, heads: int) -> nn.Module:
     layers, share = SHAPES.get(name, (6, 1))
     sizes = dict(n_layer=layers, n_head=heads, n_embd=int(width * share))
     ours = dict(position_embedding="rotary", vocab_size=base.VOCABULARY, block_size=POSITIONS)
-    with torch.device(DEVICE), restored():
+    with torch.device(DEVICE):
         if name == GPT2:
             model = base.build_gpt2(POSITIONS, **sizes)
         else:
-            kind, fields = KINDS.get(name, (None, LEAN_FIELDS | dict(shared_kv=False)))
-            if name == SERIAL:
-                apply(serial())
-            kind = kind or model_py.ParallelEncoderDecoder
-            model = base.build_ours(kind, **ours, **sizes, **fields)
+            ablation, fields = PEERS.get(name, (tuple, LEAN_FIELDS))
+            model = base.build_ours(ablation, WAYS.get(name), **ours, **sizes, **fields)
     text = random_ids(1, 40).to(DEVICE)
     found = base.step(model, text[:, -1:], read_prompt(model, text[:, :-1], room=1))
     assert difference(found, model(text).logits[:, -1:]) < 1e-3, f"{name}: wrong with a cache"

@@ -68,20 +68,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from measuring import fields_of, num_params, settings_of  # noqa: E402
 
+import model as model_py  # noqa: E402
+from ablations import Classes, apply, gqa, restored, yoco  # noqa: E402
 from model import (  # noqa: E402
-    KV,
-    Attention,
     Cache,
-    Context,
     FeedForward,
-    KeyValueProjection,
     Mask,
-    ModelConfig,
     ParallelEncoderDecoder,
     Router,
-    attend,
     compile_step,
-    stacked,
 )
 from view import gemm_peak  # noqa: E402
 
@@ -109,64 +104,28 @@ WITH_EXPERTS = (
 )
 
 
-class FullGPT(ParallelEncoderDecoder):
+def in_full() -> Classes:
     """A GPT whose last layer computes all positions, as most implementations do."""
 
-    def step(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        d = self.stacks(idx, cache, last=False).d[-1]
-        return F.linear(self.ln_out(d[:, -1:]), self.tok_emb.weight)
+    class ParallelEncoderDecoder(model_py.ParallelEncoderDecoder):
+        def step(self, idx, cache=None):
+            d = self.stacks(idx, cache, last=False).d[-1]
+            return F.linear(self.ln_out(d[:, -1:]), self.tok_emb.weight)
 
-
-class GroupedKeyValue(KeyValueProjection):
-    """Half as many heads of keys and values as of queries."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        C, H = config.n_embd, config.n_head
-        self.linear = stacked(C, (C // 2, C // 2), config.bias)
-        self.kv_shape = H // 2, C // H, C // H
-
-
-class GroupedAttention(Attention):
-    """Query heads h and h + H / 2 attend to head h of the keys and values."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config, own_key_value=False)
-        self.key_value = GroupedKeyValue(config)
-
-    def forward(self, x: Tensor, kv: KV | None, context: Context, last: bool = False) -> Tensor:
-        k, v, mask = self.key_value(x, context)
-        q = self.queries(x[:, -1:] if last else x, context)  # (B, H, T, D)
-        if q.size(2) > 1:
-            return self.output(attend(q, (k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), mask)))
-        # The two queries of a group go side by side, so that its keys and values are read once.
-        q = q.view(len(q), 2, -1, q.size(-1)).transpose(1, 2)  # (B, H / 2, 2, D)
-        y = attend(q, (k, v, mask), one_each=False)  # (B, 2, C / 2)
-        return self.output(y.flatten(1)[:, None])
-
-
-class GroupedGPT(ParallelEncoderDecoder):
-    """A GPT with grouped-query attention (arXiv:2305.13245)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        for layer in self.decoder:
-            layer.attention = GroupedAttention(config)
-        self.init_weights()
+    return (ParallelEncoderDecoder,)
 
 
 LEAN, GPT, GPT_IN_FULL, GPT2 = "lean, shared_kv", "GPT", "GPT, in full", "Hugging Face GPT-2"
 DECODER_ONLY = dict(arch="decoder_only")
-OURS: dict[str, tuple[type[ParallelEncoderDecoder], dict]] = {
-    LEAN: (
-        ParallelEncoderDecoder,
-        dict(lateral=True, decoder_self_attention=False, shared_kv=True),
-    ),
-    "lean": (ParallelEncoderDecoder, dict(lateral=True, decoder_self_attention=False)),
-    "canonical": (ParallelEncoderDecoder, {}),
-    GPT: (ParallelEncoderDecoder, DECODER_ONLY),
-    GPT_IN_FULL: (FullGPT, DECODER_ONLY),
-    "GPT, GQA": (GroupedGPT, DECODER_ONLY),
+LATERAL = dict(lateral=True, decoder_self_attention=False)
+OURS: dict[str, tuple[Callable[[], Classes], dict]] = {  # what changes model.py, and fields
+    LEAN: (tuple, LATERAL | dict(shared_kv=True)),
+    "lean": (tuple, LATERAL),
+    "canonical": (tuple, {}),
+    GPT: (tuple, DECODER_ONLY),
+    GPT_IN_FULL: (in_full, DECODER_ONLY),
+    "GPT, GQA": (gqa, DECODER_ONLY),
+    "YOCO": (yoco, LATERAL),
 }
 MODELS = (*OURS, GPT2)
 Model = ParallelEncoderDecoder | GPT2LMHeadModel
@@ -185,9 +144,15 @@ def build_gpt2(positions: int, n_layer: int, n_head: int, n_embd: int) -> GPT2LM
     return GPT2LMHeadModel(config).eval()
 
 
-def build_ours(kind: type[ParallelEncoderDecoder] = ParallelEncoderDecoder, **fields: Any) -> Model:
+def build_ours(
+    ablation: Callable[[], Classes] = tuple, kind: type | None = None, **fields: Any
+) -> Model:
+    """A model with an ablation; or of a class of the caller's."""
     torch.manual_seed(0)
-    return kind(ModelConfig(**fields)).eval()
+    with restored():
+        apply(ablation())
+        kind = kind or model_py.ParallelEncoderDecoder
+        return kind(model_py.ModelConfig(**fields)).eval()
 
 
 def build_preset(block_size: int) -> Model:
@@ -200,10 +165,11 @@ def build(name: str, size: Size, width: int) -> Model:
     """One of MODELS."""
     if name == GPT2:
         return build_gpt2(POSITIONS, 2 * size.n_layer, size.n_head, width)
-    kind, fields = OURS[name]
+    ablation, fields = OURS[name]
     layers = size.n_layer * (2 if fields is DECODER_ONLY else 1)
     sizes = dict(n_layer=layers, n_head=size.n_head, n_embd=width, vocab_size=VOCABULARY)
-    return build_ours(kind, block_size=POSITIONS, position_embedding="rotary", **sizes, **fields)
+    positions = dict(block_size=POSITIONS, position_embedding="rotary")
+    return build_ours(ablation, **positions, **sizes, **fields)
 
 
 def closest_width(
@@ -483,7 +449,7 @@ def random_masks(on: int, skip: bool | None) -> Iterator[None]:
     None: as FeedForward.skips decides."""
     generator, forward = torch.Generator().manual_seed(0), Router.forward
 
-    def at_random(self: Router, x: Tensor, T: int, context: Context) -> Mask:
+    def at_random(self: Router, x: Tensor, T: int, context: model_py.Context) -> Mask:
         m = forward(self, x, T, context).learned
         chosen = torch.rand(m.shape, generator=generator).argsort(dim=-1) < on
         return Mask(m, chosen.to(m.dtype))

@@ -43,6 +43,57 @@ EXPERTS = (
 )
 
 
+# The present layer at 0.33 M parameters, in runs of 1,000 iterations.
+PRESENT = (
+    "config/shakespeare_char_dense.py --block_size=64 --batch_size=12 --n_head=2 --max_iters=1000 "
+    "--lr_decay_iters=1000 --eval_interval=250 --warmup_iters=100 --learning_rate=0.01 "
+    "--muon_lr_ratio=2 --muon_weight_decay=0.1"
+)
+RATE = 0.01  # the learning rate of PRESENT; Muon's goes with it
+FULL = "--lateral=False --decoder_self_attention=True --shared_kv=False"  # the canonical stacks
+MODELS = {  # settings and peer of the first table's models; those below the line are smaller
+    "GPT": ("--arch=decoder_only --n_layer=3 --n_embd=96", ""),
+    "GPT, GQA": ("--arch=decoder_only --n_layer=3 --n_embd=100", "gqa()"),
+    "canonical": (f"{FULL} --n_embd=76", ""),
+    "lean": ("--n_embd=84 --shared_kv=False", ""),
+    "lean, shared_kv": ("--n_embd=84", ""),
+    "serial": (f"{FULL} --n_embd=76", "lag(2)"),
+    "YOCO": ("--n_embd=84 --shared_kv=False", "yoco()"),
+    # as cheap a prompt as that of lean, shared_kv
+    "GPT, 84 wide": ("--arch=decoder_only --n_layer=3 --n_embd=84", ""),
+    "GPT, 2 layers": ("--arch=decoder_only --n_layer=2 --n_embd=116", ""),
+}
+RATES = {}  # the best of three factors of RATE, by `rates`; 1 where none is named
+
+
+def rates() -> Iterator[dict]:
+    """Which learning rates suit the models of `glance`, on a seed that it does not report?"""
+    for name, (settings, peer) in MODELS.items():
+        for factor in (0.6, 1, 1.6):
+            rate = f"--learning_rate={factor * RATE:g}"
+            yield run(f"{name}, {factor:g}", f"{PRESENT} {settings} {rate}", (100,), peer)
+
+
+def glance() -> Iterator[dict]:
+    """Does it beat a plain GPT, and other ways to a cheap prompt, at equal parameters?"""
+    for name, (settings, peer) in MODELS.items():
+        rate = f"--learning_rate={RATES.get(name, 1) * RATE:g}"
+        yield run(name, f"{PRESENT} {settings} {rate}", 5, peer)
+
+
+def lag() -> Iterator[dict]:
+    """Does it cost anything to run the stacks side by side, and not one after the other?"""
+    for L, width, lags in ((2, 84, (0, 1, 2)), (4, 60, (0, 1, 2, 3, 4)), (8, 44, (0, 4, 8))):
+        size = f"{PRESENT} --n_embd={width} --n_layer={L}"
+        for k in lags:
+            yield run(f"{L} + {L} layers, lag {k}", size, 5, f"lag({k})")
+            plain = f"{L} + {L} layers, lag {k}, not lateral"
+            yield run(plain, f"{size} --lateral=False", 3, f"lag({k})")
+        yield run(f"{L} + {L} layers, YOCO", f"{size} --shared_kv=False", 5, "yoco()")
+        gpt = f"--arch=decoder_only --n_layer={2 * L}"
+        yield run(f"{L} + {L} layers, GPT", f"{size} {gpt}", 5)
+
+
 def curve() -> Iterator[dict]:
     """The loss against the share of experts on, beside other ways to the same active size."""
     for l1_weight in (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0):
@@ -181,13 +232,16 @@ def lateral() -> Iterator[dict]:
 
 
 FORMAT = 3  # of these runs; those of 2 had other presets, those without it another layer, too
-QUESTIONS = (lateral, curve, variants, sizes, experts, inside, large)
+QUESTIONS = (rates, glance, lag, lateral, curve, variants, sizes, experts, inside, large)
 
 
-def run(name: str, settings: str, seeds: int, peer: str = "", analyse: bool = False) -> dict:
-    """What a question asks for: settings of train.py with the seeds 1 to `seeds`."""
+def run(
+    name: str, settings: str, seeds: int | tuple[int, ...], peer: str = "", analyse: bool = False
+) -> dict:
+    """What a question asks for: settings of train.py with these seeds, or 1 to `seeds`."""
     settings = " ".join(settings.split())
-    return dict(name=name, settings=settings, peer=peer, analyse=analyse, seeds=range(1, seeds + 1))
+    seeds = seeds if isinstance(seeds, tuple) else tuple(range(1, seeds + 1))
+    return dict(name=name, settings=settings, peer=peer, analyse=analyse, seeds=seeds)
 
 
 def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
@@ -226,10 +280,37 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
         "train_loss": last["train_loss"],
         **{name: value for name, value in whole.items() if name not in ("iter", "seconds")},
         **per_block,
+        **costs(settings, peer),
         "curve": [[row["iter"], row["val_loss"]] for row in evaluations],
         "seconds": whole["seconds"],
         **found,
     }
+
+
+def costs(settings: str, peer: str) -> dict:
+    """Operations for each token of a prompt of block_size - 1 tokens, and for the one behind it, as
+    torch counts them, attention in full; and the cache's bytes for each token."""
+    sys.path[:0] = [str(HERE), str(ROOT)]
+    import torch
+    from measuring import fields_of, settings_of
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import ablations
+    import model as model_py
+
+    fields = fields_of(settings_of(*settings.split())) | {"vocab_size": 65}
+    with ablations.restored():
+        ablations.apply(ablations.read(peer) if peer else ())
+        model = model_py.ParallelEncoderDecoder(model_py.ModelConfig(**fields)).eval()
+    T = model.config.block_size
+    idx, cache, counts = torch.zeros(1, T, dtype=torch.long), model_py.Cache(model, 1, T), []
+    for part in (idx[:, 1:], idx[:, :1]):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
+            model.step(part, cache)
+        counts.append(count.get_total_flops() / part.numel())
+    size = sum(4 * x.numel() for buffers in cache.buffers.values() for x in buffers) // T
+    return {"prompt_flops": counts[0], "token_flops": counts[1], "cache_bytes": size}
 
 
 def commit() -> str:

@@ -68,8 +68,11 @@ def reference(model, text, idx):
     def attend(name, x, source, memory, n_head):
         """x attends to memory, whose keys and values `source` projects."""
         k, v = linear(f"{source}.linear", memory).chunk(2, -1)
-        q = turned(linear(f"{name}.query", x), n_head)
-        y = mix(q, turned(k, n_head), v.unflatten(-1, (n_head, -1)))
+        q, n_key = turned(linear(f"{name}.query", x), n_head), n_head // (1 + ("gqa" in text))
+        k, v = turned(k, n_key), v.unflatten(-1, (n_key, -1))
+        if "gqa" in text:
+            k, v = (torch.stack([y, y], dim=2).flatten(2, 3) for y in (k, v))
+        y = mix(q, k, v)
         if "gate()" in text:
             y = y / (1 + torch.exp(-linear(f"{name}.gate", x)))[..., None]
         return linear(f"{name}.proj", y.flatten(2))
@@ -144,10 +147,15 @@ def reference(model, text, idx):
         if "attention_encoder" not in text:
             e = e + feed_forward(layer, e)
         states.append(e)
-    if "serial" in text:
-        states = [E] + [states[-1]] * c.n_layer
+    # What the decoder's start and its layers read, and whose keys and values the layers attend to.
+    lag = int(found[1]) if (found := re.search(r"lag\((\d+)", text)) else 0
+    reads = [min(i + lag, c.n_layer) for i in range(c.n_layer + 1)] if parallel else [0]
+    projected = reads if c.shared_kv else range(c.n_layer + 1)
+    if "yoco" in text:
+        reads = projected = [c.n_layer] * (c.n_layer + 1)
+    states = [states[i] for i in reads]
 
-    d = linear("w_in", E) if parallel and not c.lateral else E
+    d = linear("w_in", states[0]) if parallel and not c.lateral else states[0]
     if "'add'" in text:
         d = d + w["pos_emb.weight"][1 : T + 1]
     for i in range(c.n_layer):
@@ -156,7 +164,8 @@ def reference(model, text, idx):
             d = d + self_attend(layer, d)
             d = d + feed_forward(layer, d)
             continue
-        memory = norm(f"ln_memory.e{i + 1}", states[i + 1])
+        source = f"e{projected[i + 1]}"
+        memory = norm(f"ln_memory.{source}", states[i + 1])
         if c.lateral:
             d = d + (states[i + 1] - states[i])
         steps = ["self"] * c.decoder_self_attention + ["cross"]
@@ -170,7 +179,7 @@ def reference(model, text, idx):
                 d = lateral(layer, d, memory)
             else:
                 name, query = f"{layer}.cross_attention", norm(f"{layer}.ln_cross", d)
-                d = d + attend(name, query, f"key_value.e{i + 1}", memory, n_cross)
+                d = d + attend(name, query, f"key_value.{source}", memory, n_cross)
         d = d + feed_forward(layer, d, memory)
     out = norm("ln_out", d)
     if "'subtract'" in text:

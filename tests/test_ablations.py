@@ -1,21 +1,14 @@
 """Tests of experiments/ablations.py: against a second writing of the equations, torch, numbers."""
 
-import ast
-import copy
-import json
 import math
 import re
-import sys
-from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-import ablations
 import model as model_file
 from ablation_reference import build, close, reference
-from common import ROOT, succeed
 from test_model import GPT, LEAN, assert_router_slope, random_ids
 
 torch.set_num_threads(1)  # the tensors are small, and the cores may be shared
@@ -23,6 +16,7 @@ torch.set_num_threads(1)  # the tensors are small, and the cores may be shared
 LEAN_W_LAT = dict(decoder_self_attention=False, shared_kv=True, position_embedding="rotary")
 LEAN_W_LAT |= dict(qk_norm=True, token_shift=True)
 ENCODER = dict(n_expert=8, router_input="encoder", l1_weight=0.1, entropy_weight=0.05)
+YOCO = dict(lateral=True, decoder_self_attention=False)
 OUTPUT = dict(n_expert=8, expert_site="output", router_n_head=2, router_head_dim=5)
 
 # Ablations, separated by spaces, and the fields of a model that they are tried with.
@@ -46,9 +40,22 @@ VARIANTS = [
     ("gate()", {}),
     ("gate()", dict(bias=True, position_embedding="rotary", qk_norm=True, **LEAN)),
     ("gate()", GPT),
-    ("serial()", {}),
-    ("serial()", dict(bias=True, lateral=True, decoder_self_attention=False)),
-    ("serial()", dict(position_embedding="rotary", token_shift=True, **ENCODER)),
+    ("lag(1)", {}),
+    ("lag(2)", dict(position_embedding="rotary", token_shift=True, **ENCODER)),
+    ("lag(2)", dict(bias=True, lateral=True, decoder_self_attention=False)),
+    ("lag(2)", dict(lateral=True, n_expert=8)),
+    ("lag(1)", dict(n_layer=3, bias=True, shared_kv=True)),
+    ("lag(2)", {**LEAN, **ENCODER, "n_layer": 3, "position_embedding": "rotary"}),
+    ("lag(3)", {**LEAN, "n_layer": 3, "token_shift": True, "qk_norm": True}),
+    ("yoco()", YOCO),
+    ("yoco()", dict(**YOCO, **ENCODER, n_layer=3, bias=True, position_embedding="rotary")),
+    ("yoco()", dict(**YOCO, n_expert=8, token_shift=True)),
+    ("gqa()", GPT),
+    ("gqa()", dict(**GPT, n_head=4, bias=True, position_embedding="rotary", qk_norm=True)),
+    ("gqa()", dict(**GPT, n_head=4, n_expert=8)),
+    ("embedding_loss('mse',0.25)", dict(bias=True)),
+    ("embedding_loss('cosine',2)", LEAN),
+    ("embedding_loss('log_cosine',1)", dict(position_embedding="rotary", **ENCODER)),
     ("next_position('add')", {}),
     ("next_position('add')", LEAN),
     ("next_position('add')", dict(bias=True, **GPT)),
@@ -67,7 +74,8 @@ VARIANTS = [
     ("top_k(2)", dict(n_expert=8)),
     ("top_k(3)", {**LEAN, **ENCODER}),
     ("top_k(2)", {**GPT, **OUTPUT}),
-    ("serial() w_lat()", dict(decoder_self_attention=False)),
+    ("lag(2) w_lat()", dict(decoder_self_attention=False)),
+    ("yoco() embedding_loss('mse',1)", YOCO),
     ("router_detach() embedding_router()", dict(n_expert=8, l1_weight=0.1)),
 ]
 FIELDS = [fields for _, fields in VARIANTS]
@@ -95,7 +103,7 @@ def test_logits_equal_the_equations(text, fields):
     close(model(idx).logits, expected[:, -1:])
     cross_entropy = F.cross_entropy(expected.flatten(0, 1), idx.flatten())
     close(output.metrics["cross_entropy"], cross_entropy)
-    if not re.search("detach|attention_encoder|swiglu|embedding_router|top_k", text):
+    if not re.search("detach|attention_encoder|swiglu|embedding_|top_k|yoco|gqa", text):
         # The others have other parameters than the model without them, or the same logits.
         assert (reference(model, "", idx) - expected).abs().max() > 1e-3
 
@@ -198,19 +206,88 @@ def test_w_lat_starts_as_the_other_outputs_of_its_layer():
     assert layer.lateral_gate.weight.std().item() == pytest.approx(0.02, rel=0.03)
 
 
+@pytest.mark.parametrize("fields", [{}, LEAN, dict(lateral=True, bias=True)])
 @torch.no_grad()
-def test_serial_layers_read_the_last_state_of_the_encoder():
-    model, plain, idx = build("serial()"), build(), random_ids(2, 16)
+def test_without_a_lag_it_is_the_parallel_model(fields):
+    model, plain, idx = build("lag(0)", fields), build("", fields), random_ids(2, 16)
     plain.load_state_dict(model.state_dict())
-    e = plain.stacks(idx).e
-    states = model.stacks(idx).e
-    close(torch.stack(states), torch.stack([e[0], e[2], e[2]]))
-    d = plain.w_in(e[0])
-    for layer, name in zip(plain.decoder, ("e1", "e2"), strict=True):
-        memory = plain.ln_memory[name](e[2])
-        kv = plain.key_value[name](memory, model_file.Context())
+    close(model(idx, idx).logits, plain(idx, idx).logits, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_serial_decoder_of_the_origin_starts_from_the_last_state_of_the_encoder():
+    model, idx = build("lag(2)", dict(bias=True)), random_ids(2, 16)
+    e = model.stacks(idx).e[2]
+    d = model.w_in(e)
+    for layer, name in zip(model.decoder, ("e1", "e2"), strict=True):
+        memory = model.ln_memory[name](e)
+        kv = model.key_value[name](memory, model_file.Context())
         d, _ = layer(d, memory, kv, model_file.Context())
-    close(model.stacks(idx).d[-1], d)
+    close(model.stacks(idx).d[-1], d, atol=1e-12)
+
+
+@torch.no_grad()
+def test_yoco_is_a_gpt_with_a_second_half_of_one_set_of_keys_and_values():
+    """The first half equals a GPT's layers with the same weights, the second torch's attention."""
+    model, gpt, idx = build("yoco()", YOCO), build("", GPT), random_ids(2, 16)
+    state = {name.replace("encoder", "decoder"): w for name, w in model.state_dict().items()
+             if not name.startswith(("decoder", "ln_memory", "key_value"))}  # fmt: skip
+    gpt.load_state_dict(state)
+    e, d, _ = model.stacks(idx)
+    close(torch.stack(e), torch.stack(gpt.stacks(idx).d), atol=1e-12)
+    (memory,), (kv,) = model.ln_memory.values(), model.key_value.values()
+    memory, x = memory(e[-1]), e[-1]
+    for layer in model.decoder:
+        theirs = torch.nn.MultiheadAttention(24, 2, bias=False, batch_first=True).double()
+        attention = layer.cross_attention
+        theirs.in_proj_weight.copy_(torch.cat([attention.query.weight, kv.linear.weight]))
+        theirs.out_proj.weight.copy_(attention.proj.weight)
+        future = torch.ones(16, 16, dtype=torch.bool).triu(1)
+        y, _ = theirs(layer.ln_cross(x), memory, memory, attn_mask=future, need_weights=False)
+        x = x + y
+        x = x + layer.ff.w2(F.gelu(layer.ff.w1(layer.ln_ff(x))))
+    close(d[-1], x, atol=1e-12)
+    assert model_file.Cache(model, 1, 16).buffers.keys() == {
+        *(layer.attention.key_value for layer in model.encoder), kv
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def test_grouped_queries_equal_torch_with_repeated_keys():
+    model, x = build("gqa()", {**GPT, "n_head": 4}), torch.randn(2, 16, 24, dtype=torch.float64)
+    ours = model.decoder[0].attention
+    k, v = ours.key_value.linear.weight.chunk(2)
+    theirs = torch.nn.MultiheadAttention(24, 4, bias=False, batch_first=True).double()
+    theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, k, k, v, v]))
+    theirs.out_proj.weight.copy_(ours.proj.weight)
+    future = torch.ones(16, 16, dtype=torch.bool).triu(1)
+    expected, _ = theirs(x, x, x, attn_mask=future, need_weights=False)
+    close(ours(x, None, model_file.Context()), expected, atol=1e-12)
+    shapes = [k.shape for k, _ in model_file.Cache(model, 3, 16).buffers.values()]
+    assert shapes == [(3, 2, 16, 6)] * 2
+
+
+@pytest.mark.parametrize("how", ["mse", "cosine", "log_cosine"])
+def test_the_embedding_loss_by_hand(how):
+    """Token by token; its gradient reaches the embeddings and its LayerNorms, and nothing else."""
+    model, idx = build(f"embedding_loss('{how}',0.5)", dict(bias=True)), random_ids(2, 16)
+    assert model(idx, idx).loss == model(idx, idx).metrics["cross_entropy"]  # in evaluation
+    model.train()
+    output, e = model(idx, idx), model.stacks(idx).e
+    total = 0.0
+    for b in range(2):
+        for t in range(16):
+            mean = sum(model.ln_a(e[0][b, s]) for s in range(t + 1)) / (t + 1)
+            aim = model.ln_b(e[2][b, t])
+            cosine = (mean @ aim / mean.norm() / aim.norm()).item()
+            mse = sum((x - y).item() ** 2 for x, y in zip(mean, aim, strict=True)) / 24
+            total += {"mse": mse, "cosine": (1 - cosine) / 2,
+                      "log_cosine": -math.log((1 + cosine) / 2)}[how]  # fmt: skip
+    extra = output.loss - output.metrics["cross_entropy"]
+    assert extra.item() == pytest.approx(0.5 * total / 32, abs=1e-9)
+    model.embedding_loss.backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"tok_emb", "pos_emb", "ln_a", "ln_b"}
 
 
 def test_the_encoder_without_feed_forward_has_no_such_parameters():
@@ -353,149 +430,3 @@ def test_the_balance_of_top_k_by_hand():
         close(extra, 0.01 * balance + 0.5 * k / 8)
         assert output.metrics["experts_on"] == k / 8 and output.metrics["entropy"] == 0
         assert torch.equal(*model.expert_masks(idx))
-
-
-# ---- mistakes ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, fields, said",
-    [
-        ("cross_first()", GPT, "arch='decoder_only': must be 'parallel' in this ablation"),
-        ("cross_first()", LEAN, "decoder_self_attention=False: must be True in this ablation"),
-        ("n_cross_head(4)", dict(shared_kv=True), "shared_kv=True: must be False in this"),
-        ("n_cross_head(4)", dict(position_embedding="rotary"), "='rotary': must be 'learned' in"),
-        ("n_cross_head(7)", {}, r"n_cross_head\(7\): must be a divisor of n_embd=24"),
-        ("n_cross_head(-1)", {}, r"n_cross_head\(-1\): must be an int, at least 1"),
-        ("n_cross_head('4')", {}, r"n_cross_head\('4'\): must be an int"),
-        ("w_lat()", dict(lateral=True), "lateral=True: must be False in this ablation"),
-        ("attention_encoder()", dict(n_expert=8), "n_expert=8: must be 0 in this ablation"),
-        ("swiglu()", dict(n_expert=8), "n_expert=8: must be 0 in this ablation"),
-        ("serial()", dict(shared_kv=True), "shared_kv=True: must be False in this ablation"),
-        ("serial()", GPT, "arch='decoder_only': must be 'parallel' in this ablation"),
-        ("next_position('multiply')", {}, r"\('multiply'\): must be one of add, subtract"),
-        ("next_position('add')", dict(position_embedding="rotary"), "='rotary': must be 'learned'"),
-        ("rounding('hard')", {}, r"rounding\('hard'\): must be one of sigmoid, none"),
-        ("rounding('sigmoid',-1.0)", {}, "scale=-1.0.: must be finite and not negative"),
-        ("rounding('sigmoid',1e999)", {}, "scale=inf.: must be finite and not negative"),
-        ("rounding('none')", {}, "n_expert=0: must be at least 1 in this ablation"),
-        ("router_detach()", {}, "n_expert=0: must be at least 1 in this ablation"),
-        ("embedding_router()", {}, "n_expert=0: must be at least 1 in this ablation"),
-        ("top_k(1)", {}, r"top_k\(1\): must be an int, at least 2"),
-        ("top_k(9)", dict(n_expert=8), "n_expert=8: must be at least 9 in this ablation"),
-        ("gate()", dict(n_head=5), "n_head=5: must be a divisor"),  # as without it
-    ],
-)
-def test_what_an_ablation_does_not_take(text, fields, said):
-    with pytest.raises(ValueError, match=said) as error:
-        build(text, fields)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("parallel()", r"no ablation 'parallel' \(all: cross_first, n_cross_head, .*, top_k\)$"),
-        ("seriell()", r"no ablation 'seriell'; did you mean serial\? \(all: cross_first"),
-        ("serial", "'serial': must be an ablation with its arguments, such as serial"),
-        ("serial(", "must be an ablation"),
-        ("", "'': must be an ablation"),
-        ("top_k()", r"'top_k\(\)': missing a required argument: 'k'; it is top_k\(k: int\)"),
-        ("top_k(4, 5)", "too many positional arguments; it is top_k"),
-        ("w_lat(last=True)", "unexpected keyword argument 'last'; it is w_lat"),
-        ("top_k(**{'k': 4})", "it is top_k|must be an ablation"),
-        ("top_k(*[4])", "must be an ablation"),
-        ("top_k(__import__('os').abort())", "must be an ablation"),
-        ("sys.exit()", "must be an ablation"),
-        ("(" * 300, "must be an ablation"),
-        ("serial()\0", "must be an ablation"),
-        ("top_k(\n1)", "must be an int, at least 2"),
-    ],
-)
-def test_a_wrong_ablation_gets_one_line(text, said, capsys):
-    with pytest.raises(SystemExit) as end:
-        ablations.main([text])
-    printed = capsys.readouterr().err
-    assert end.value.code == 2 and re.search(said, printed) and printed.count("\n") == 1, printed
-
-
-# ---- the command line -------------------------------------------------------
-
-
-def test_all_that_the_results_name_can_be_read():
-    lines = (ROOT / "experiments" / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    named = {json.loads(line).get("peer") for line in lines} - {None, ""}
-    assert {"serial()", "attention_encoder()", "top_k(4)"} <= named
-    for text in named:
-        assert ablations.read(text)
-
-
-def test_every_ablation_is_tried_and_says_what_it_is(capsys):
-    tried = {ast.parse(one).body[0].value.func.id for text, _ in VARIANTS for one in text.split()}
-    assert tried == set(ablations.ABLATIONS)
-    assert all(ablation.__doc__ for ablation in ablations.ABLATIONS.values())
-    ablations.main([])
-    printed = capsys.readouterr().out
-    assert "top_k(k: int)\n    A mixture of experts" in printed
-
-
-def test_the_script_gets_the_classes_and_its_arguments(tmp_path, monkeypatch, capsys):
-    for name in ("train.py", "sample.py"):
-        source = "import sys\nfrom model import DecoderLayer, EncoderLayer\n"
-        source += "print(sys.argv, EncoderLayer.__qualname__, DecoderLayer.__qualname__)"
-        (tmp_path / name).write_text(source)
-    monkeypatch.setattr(ablations, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.chdir(tmp_path)
-    for args, argv, classes in (
-        (["serial()", "c.py", "--seed=1"], "['train.py', 'c.py', '--seed=1']", "DecoderLayer"),
-        (["serial()", "train.py"], "['train.py']", "DecoderLayer"),
-        (["serial()", "w_lat()", "sample.py"], "['sample.py']", "w_lat.<locals>.DecoderLayer"),
-    ):
-        with ablations.restored():
-            ablations.main(args)
-        note, printed = capsys.readouterr().out.splitlines()
-        assert note.startswith("serial()") and "name it again" in note
-        assert printed == f"{argv} serial.<locals>.EncoderLayer {classes}"
-
-
-def test_apply_can_be_undone():
-    before = dict(vars(model_file))
-    with pytest.raises(ZeroDivisionError), ablations.restored():
-        ablations.apply(ablations.serial())
-        assert dict(vars(model_file)) != before
-        raise ZeroDivisionError
-    assert dict(vars(model_file)) == before
-
-
-def test_a_model_can_be_copied():
-    texts = ("serial()", "next_position('add')", "next_position('subtract')", "top_k(2)")
-    for text in (*texts, "embedding_router()"):
-        model, idx = build(text, {"n_expert": 8}), random_ids(1, 5)
-        with torch.no_grad():
-            expected = model(idx).logits
-            again = copy.deepcopy(model)
-            model.tok_emb.weight.zero_()
-            model(idx)
-            close(again(idx).logits, expected)
-
-
-def test_trains_and_samples_as_a_user_would(tmp_path):
-    (tmp_path / "input.txt").write_text((ROOT / "LICENSE").read_text("utf-8"), "utf-8")
-    run = partial(succeed, tmp_path)
-    run("prepare_shakespeare.py", "--input_file=input.txt", "--dataset=mine")
-    sizes = "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --warmup_iters=2"
-    steps = "--max_iters=4 --lr_decay_iters=4 --eval_interval=4 --eval_iters=1 --log_interval=1"
-    settings = f"{sizes} {steps} --dataset=mine --out_dir=out --device=cpu".split()
-    printed = run("experiments/ablations.py", "serial()", *settings)
-    assert printed.startswith("serial(): name it again to resume or to sample")
-    assert re.search(r"(?m)^iter 3: loss [34]\.\d{4}, ", printed)
-    assert re.search(r"(?m)^whole validation split: loss [34]\.\d{4}", printed)
-    assert (tmp_path / "out" / "ckpt.pt").exists()
-    with pytest.raises(
-        AssertionError, match=r"its ablations are \['serial\(\)'\], here they are \[\]"
-    ):
-        run("sample.py", "--out_dir=out", "--device=cpu")
-    sampled = run("experiments/ablations.py", "serial()", "sample.py", "--out_dir=out",
-                  "--device=cpu", "--start=a", "--max_new_tokens=5")  # fmt: skip
-    assert sampled.count("---\n") == 3

@@ -36,7 +36,7 @@ def test_its_rows_make_sense(tmp_path, monkeypatch):
     decode = rows_of(results["decode"], "model", "way", "texts", "C")
     assert {(name, "eager", 4, 64) for name in (LEAN, GPT, "GPT, GQA", GPT2)} < set(decode)
     for way in ("graph", "graph, fixed length"):
-        assert {(n, way, 1, 64) for n in (LEAN, GPT, "serial()", *SAME)} < set(decode)
+        assert {(n, way, 1, 64) for n in (LEAN, GPT, "lag(6)", *SAME)} < set(decode)
     assert (LEAN, "compiled, graph", 1, 64) in decode
     sizes = {}
     for result in results.values():
@@ -44,7 +44,7 @@ def test_its_rows_make_sense(tmp_path, monkeypatch):
         for row in result["rows"]:
             assert row["ms"] > 0 and min(row["seconds"]) > 0 and row.get("error", 0) < 0.05
             key = (result["wall_seconds"], row["C"])
-            if row["model"] != "serial()":
+            if row["model"] != "lag(6)":
                 sizes.setdefault(key, []).append(row["parameters"])
     for parameters in sizes.values():
         assert max(parameters) < 1.1 * min(parameters)

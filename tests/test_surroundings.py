@@ -449,8 +449,8 @@ def test_the_commands_that_train_py_prints_work_from_where_it_was_called(tmp_pat
         ("../a/train.py c.py", "python3 -u ../a/train.py c.py", [], "python3 ../a/train.py c.py"),
         ("train.py --init_from=a --out_dir=b", "/usr/bin/python train.py", [],
          "/usr/bin/python train.py --out_dir=b"),
-        ("train.py c.py --init_from=resume", "python experiments/ablations.py", ["serial()"],
-         "python experiments/ablations.py 'serial()' train.py c.py"),
+        ("train.py c.py --init_from=resume", "python experiments/ablations.py", ["yoco()"],
+         "python experiments/ablations.py 'yoco()' train.py c.py"),
     ],
 )  # fmt: skip
 def test_the_command_to_resume(argv, orig, ablations, expected, monkeypatch):
