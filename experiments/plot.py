@@ -16,7 +16,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import active, differences, error, mean, recipe_runs, runs
+from tables import active, differences, interval, mean, recipe_runs, runs
 
 ASSETS = Path(__file__).parent.parent / "assets"
 GRAY, BLUE, ORANGE, GREEN, RED = "#808890", "#3b8eea", "#d9822b", "#2f9e63", "#d9534f"
@@ -35,7 +35,7 @@ def save(name: str) -> None:
 
 
 def spread(rows: list[dict]) -> float:
-    return error([row["val_loss"] for row in rows])
+    return interval([row["val_loss"] for row in rows])
 
 
 def loss() -> None:
@@ -91,10 +91,14 @@ def variants() -> None:
     found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
     _, ax = plt.subplots(figsize=(6.4, 0.3 * len(found) + 0.8))
     for k, deltas in enumerate(found.values()):
-        ax.errorbar(statistics.mean(deltas), k, xerr=error(deltas), fmt="o", color=BLUE, capsize=2)
+        ax.errorbar(
+            statistics.mean(deltas), k, xerr=interval(deltas), fmt="o", color=BLUE, capsize=2
+        )
     ax.axvline(0, color=GRAY, linewidth=0.8)
     ax.set_yticks(range(len(found)), list(found))
-    ax.set_xlabel("difference of the validation loss from the canonical layer, ± standard error")
+    ax.set_xlabel(
+        "difference of the validation loss from the canonical layer, with its 95 % interval"
+    )
     save("variants")
 
 

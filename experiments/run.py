@@ -1,8 +1,11 @@
 """The experiments behind docs/results.md: every run goes through train.py.
 
     python experiments/run.py                   all that results.jsonl lacks, two runs at once
-    python experiments/run.py curve variants    the runs of these questions alone
+    python experiments/run.py lag curve         these questions: runs what is missing, and prints
+    python experiments/run.py --list            the questions, and what they cost
     python experiments/run.py --repeat=300      runs line 300 of results.jsonl again, and compares
+    python experiments/run.py "config/shakespeare_char.py --n_embd=64,80" --seeds=3
+                                                a sweep of your own, into sweeps.jsonl
 
 Each question below is a function that gives its runs, a grid in plain Python. A run is train.py
 with a preset and settings, as a user would start it, on one thread, on tinyshakespeare; where a
@@ -17,6 +20,8 @@ commit fd66022, with another `lateral`. Each line of results.jsonl has its commi
 repeated; here it is refused. This file is not for speed: bench_*.py measure that.
 """
 
+import argparse
+import difflib
 import json
 import os
 import re
@@ -26,11 +31,13 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results.jsonl"
+SWEEPS = HERE / "sweeps.jsonl"  # of one's own; not committed
 
 # The canonical layer at the size of the presets, or decoder-only, for 1,000 iterations.
 SHORT = "--block_size=64 --max_iters=1000 --lr_decay_iters=1000 --eval_interval=250"
@@ -232,7 +239,9 @@ def lateral() -> Iterator[dict]:
 
 
 FORMAT = 3  # of these runs; those of 2 had other presets, those without it another layer, too
-QUESTIONS = (rates, glance, lag, lateral, curve, variants, sizes, experts, inside, large)
+WHAT = ("name", "settings", "peer")  # of a run that a question asks for; each has several seeds
+ALL = (rates, glance, lag, lateral, curve, variants, sizes, experts, inside, large)
+QUESTIONS = {question.__name__: question for question in ALL}
 
 
 def run(
@@ -321,40 +330,64 @@ def commit() -> str:
     return head.strip() + ("+" if changed else "")
 
 
-def main() -> None:
-    meta = ROOT / "data/shakespeare_char/meta.json"
-    if not meta.exists() or json.loads(meta.read_text("utf-8"))["source"] != "tinyshakespeare":
-        sys.exit("data/shakespeare_char must hold tinyshakespeare: see prepare_shakespeare.py")
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    rows = [json.loads(line) for line in lines]
-    names = [question.__name__ for question in QUESTIONS]
-    for arg in sys.argv[1:]:
-        if arg.startswith("--repeat="):
-            return repeat(rows, arg.removeprefix("--repeat="))
-        if arg not in names:
-            sys.exit(f"{arg}: must be one of {', '.join(names)}, or --repeat=LINE")
+def read_rows(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
-    # Seed by seed, so that what there is can be compared at any time.
-    asked = [q for q in QUESTIONS if q.__name__ in (sys.argv[1:] or names)]
-    jobs = [(q.__name__, r, seed) for q in asked for r in q() for seed in r["seeds"]]
-    jobs.sort(key=lambda job: job[2])
-    lock = threading.Lock()
-    what = ("question", "name", "settings", "peer", "seed")
-    jobs = [{"question": q, **asked, "seed": seed} for q, asked, seed in jobs]
-    done = {tuple(row[field] for field in what) for row in rows}
+
+def sweep(text: str, seeds: int, peer: str) -> Iterator[dict]:
+    """Every combination of the settings, where `--key=a,b` has several values."""
+    words = (word.partition("=") for word in text.split())
+    choices = [[key + equals + v for v in values.split(",")] for key, equals, values in words]
+    for combination in product(*choices):
+        several = [word for word, of in zip(combination, choices, strict=True) if len(of) > 1]
+        name = ", ".join(word.removeprefix("--") for word in several) or text
+        yield run(name, " ".join(combination), seeds, peer)
+
+
+def index() -> str:
+    """The questions, how many of their runs there are, and the core-hours that these took."""
+    from tables import markdown
+
+    rows, lines = read_rows(RESULTS), []
+    for name, question in QUESTIONS.items():
+        of_question = [row for row in rows if row["question"] == name]
+        asked = sum(len(each["seeds"]) for each in question())
+        hours = sum(row["seconds"] for row in of_question) / 3600
+        about = question.__doc__.strip().splitlines()[0]
+        lines.append((name, about, f"{len(of_question)} of {asked}", f"{hours:.1f}"))
+    return markdown("question | it asks | runs: | core-hours:", lines)
+
+
+def work_off(asked: dict[str, list[dict]], path: Path, options: argparse.Namespace) -> None:
+    """Runs what the file lacks, and adds it there; seed by seed, so that what there is can be
+    compared at any time."""
+    rows = read_rows(path)
+    jobs = [
+        {"question": question, **each, "seed": seed}
+        for question, runs in asked.items() for each in runs for seed in each["seeds"]
+        if options.name in (None, each["name"]) and options.seed in (None, seed)
+        and (path == SWEEPS or options.peer in (None, each["peer"]))
+    ]  # fmt: skip
+    if not jobs:
+        names = ", ".join(dict.fromkeys(each["name"] for runs in asked.values() for each in runs))
+        sys.exit(f"no run has this name, seed and peer; the names are: {names}")
+    what = ("question", *WHAT, "seed")
+    done = {tuple(row[field] for field in what) for row in rows if row.get("format") == FORMAT}
     jobs = [job for job in jobs if tuple(job[field] for field in what) not in done]
+    jobs.sort(key=lambda job: job["seed"])
     earlier = {row["question"] for row in rows if row.get("format") != FORMAT}
     if mixed := {job["question"] for job in jobs} & earlier:
-        sys.exit(f"{', '.join(sorted(mixed))}: has runs of earlier presets; ask under a new name")
-    if not jobs:
-        print(f"{RESULTS.name} has all of these runs; --repeat=LINE runs one of them again")
+        print(f"{', '.join(sorted(mixed))}: measured with an earlier layer; nothing is run")
+        jobs = [job for job in jobs if job["question"] not in mixed]
+    lock = threading.Lock()
 
     def work(number: int) -> None:
         job = {name: value for name, value in jobs[number].items() if name != "seeds"}
         version = commit()
         figures = train(job["settings"], job["peer"], job["analyse"], job["seed"])
         row = {**job, "commit": version, "format": FORMAT, **figures}
-        with lock, open(RESULTS, "a", encoding="utf-8") as file:
+        with lock, open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         on = f", experts on {row['experts_on']:.1%}" if "experts_on" in row else ""
         which = f"{row['question']}: {row['name']}, seed {row['seed']}"
@@ -364,22 +397,77 @@ def main() -> None:
         list(pool.map(work, range(len(jobs))))
 
 
-def repeat(rows: list[dict], line: str) -> None:
+def repeat(rows: list[dict], line: int) -> None:
     """Runs a line of the results, counted from 1, again."""
-    if not (line.isdecimal() and 1 <= int(line) <= len(rows)):
+    if not 1 <= line <= len(rows):
         sys.exit(f"--repeat={line}: must be a line of {RESULTS.name}, 1 to {len(rows)}")
-    row = rows[int(line) - 1]
+    row = rows[line - 1]
     if row.get("format") != FORMAT:
         why = "the layer or the presets have changed since; repeat it at that commit"
         sys.exit(f"--repeat={line}: measured at commit {row['commit']}: {why}")
     again = train(row["settings"], row["peer"], False, row["seed"])
     difference = again["val_loss"] - row["val_loss"]
+    said = f"differs by {difference:+.2g}" if difference else "equal"
     print(
-        f"{row['question']}: {row['name']}, seed {row['seed']}: {again['val_loss']} now, at commit "
-        f"{commit()}, {row['val_loss']} then, at {row['commit']}: a difference of {difference:.2g}"
+        f"{row['question']}: {row['name']}, seed {row['seed']}: {row['val_loss']} at "
+        f"{row['commit']}, {again['val_loss']} now, at {commit()}: {said}"
     )
     sys.exit(difference != 0)
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "questions", nargs="*", metavar="QUESTION",
+        help="all, if none is given; or the settings of a sweep, in one argument",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="the questions, and what they cost")
+    parser.add_argument("--name", help="only the runs of this name")
+    parser.add_argument("--seed", type=int, help="only the runs with this seed")
+    parser.add_argument("--peer", default=None, help="only the runs with this ablation; of a "
+                        "sweep: the ablation of all its runs")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, help="of a sweep: 1 to this number (3)")
+    parser.add_argument(
+        "--repeat", type=int, metavar="LINE", help=f"runs a line of {RESULTS.name} again"
+    )
+    options = parser.parse_args(argv)
+    options.sweep = [arg for arg in options.questions if arg.startswith("config/")]
+    names = [arg for arg in options.questions if arg not in options.sweep]
+    if unknown := [name for name in names if name not in QUESTIONS]:
+        near = difflib.get_close_matches(unknown[0], QUESTIONS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        sys.exit(f"there is no question {unknown[0]!r}{hint} (all: {', '.join(QUESTIONS)})")
+    if len(options.sweep) > 1 or (options.sweep and names):
+        sys.exit(f"{options.questions}: a sweep is one argument, alone; put it in quotes")
+    if options.seeds < 1:
+        sys.exit(f"--seeds={options.seeds}: must be at least 1")
+    return options
+
+
+def main(argv: list[str]) -> None:
+    import tables  # here: it imports this file
+
+    options = parse(argv)
+    if options.list:
+        print(index())
+        return
+    meta = ROOT / "data/shakespeare_char/meta.json"
+    if not meta.exists() or json.loads(meta.read_text("utf-8"))["source"] != "tinyshakespeare":
+        sys.exit("data/shakespeare_char must hold tinyshakespeare: see prepare_shakespeare.py")
+    if options.repeat is not None:
+        repeat(read_rows(RESULTS), options.repeat)
+    if options.sweep:
+        runs = [*sweep(options.sweep[0], options.seeds, options.peer or "")]
+        work_off({"sweep": runs}, SWEEPS, options)
+        print(tables.compared(tables.of_runs(read_rows(SWEEPS), runs)))
+        return
+    asked = {name: [*QUESTIONS[name]()] for name in options.questions or QUESTIONS}
+    work_off(asked, RESULTS, options)
+    for name in asked:
+        print(f"\n{name}: {QUESTIONS[name].__doc__}\n\n{tables.of_question(name)}")
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,8 +2,8 @@
 
     python experiments/tables.py       rewrites each table, between its two comments in PAGES
 
-A difference is the mean over paired seeds, with its standard error behind ±. Losses are those of
-the whole validation split of tinyshakespeare, in nats per character.
+A difference is the mean over paired seeds; ± is its 95 % interval, by Student's t. Losses are
+those of the whole validation split of tinyshakespeare, in nats per character.
 """
 
 import json
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import QUESTIONS  # noqa: E402
+from run import QUESTIONS, WHAT  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -38,12 +38,16 @@ def read(name: str) -> list | dict:
 def runs(question: str) -> dict[str, list[dict]]:
     """The runs of a question by their names, in its order, those of one name by their seeds."""
     rows = [row for row in read("results.jsonl") if row["question"] == question]
-    asked = [run for ask in QUESTIONS if ask.__name__ == question for run in ask()]
-    what = ("name", "settings", "peer")
+    return of_runs(rows, [*QUESTIONS[question]()])
+
+
+def of_runs(rows: list[dict], asked: list[dict]) -> dict[str, list[dict]]:
     found = {
-        run["name"]: sorted_by_seed([r for r in rows if all(r[k] == run[k] for k in what)])
+        run["name"]: sorted_by_seed([
+            r for r in rows if r["seed"] in run["seeds"] and all(r[k] == run[k] for k in WHAT)
+        ])
         for run in asked
-    }
+    }  # fmt: skip
     return {name: of_name for name, of_name in found.items() if of_name}
 
 
@@ -57,15 +61,20 @@ def mean(rows: list[dict], field: str = "val_loss") -> float:
     return statistics.mean(row[field] for row in rows)
 
 
-def error(values: list[float]) -> float:
-    """The standard error of their mean; NaN of a single one."""
-    return math.nan if len(values) < 2 else statistics.stdev(values) / len(values) ** 0.5
+# Student's t at 97.5 %, by the number of values: scipy.stats.t.ppf(0.975, n - 1)
+T_975 = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645, 6: 2.57058, 7: 2.44691, 8: 2.36462}
 
 
-def with_error(values: list[float], digits: int, sign: str = "") -> str:
-    """The mean over the seeds, ± its standard error."""
-    shown, se = f"{statistics.mean(values):{sign}.{digits}f}", error(values)
-    return shown if math.isnan(se) else f"{shown} ± {se:.{digits}f}"
+def interval(values: list[float]) -> float:
+    """Half the width of the 95 % interval of their mean; NaN of a single one."""
+    n = len(values)
+    return math.nan if n < 2 else T_975[n] * statistics.stdev(values) / n**0.5
+
+
+def with_interval(values: list[float], digits: int, sign: str = "") -> str:
+    """The mean over the seeds, ± its 95 % interval."""
+    shown, half = f"{statistics.mean(values):{sign}.{digits}f}", interval(values)
+    return shown if math.isnan(half) else f"{shown} ± {half:.{digits}f}"
 
 
 def differences(rows: list[dict], base: list[dict]) -> list[float]:
@@ -75,7 +84,15 @@ def differences(rows: list[dict], base: list[dict]) -> list[float]:
 
 
 def show_difference(rows: list[dict], base: list[dict]) -> str:
-    return "" if rows is base else with_error(differences(rows, base), 3, "+z")
+    return "" if rows is base else with_interval(differences(rows, base), 3, "+z")
+
+
+def verdict(values: list[float]) -> str:
+    """What the differences of losses say, by their 95 % interval."""
+    mean, half = statistics.mean(values), interval(values)
+    if abs(mean) > half:
+        return "worse" if mean > 0 else "better"
+    return "as good" if abs(mean) + half <= 0.01 else "no difference found"
 
 
 def percent(share: float | None) -> str:
@@ -190,7 +207,7 @@ def gpu(part: str) -> str:
             for row in rows
         ))  # fmt: skip
     behind, found = "prompt" if part == "prompt" else "behind", {}
-    for row in rows:  # "eager" is there twice, with other models beside the GPT
+    for row in rows:
         key = (f"{row['C']}", f"{row[behind]:,}", f"{row['texts']}", row["way"])
         found.setdefault(key, {}).setdefault(row["model"], row)
     names = [*dict.fromkeys(name for of in found.values() for name in of if name != "GPT")]
@@ -298,14 +315,64 @@ def faults() -> str:
     return markdown("what | tried: | lost: |", lines)
 
 
-def compared(question: str, base: str) -> str:
-    """Each run of a question beside its base."""
-    found = runs(question)
-    return markdown("| parameters: | seeds: | loss: | difference:", (
+def compared(found: dict[str, list[dict]], base: str = "") -> str:
+    """Each run beside a base, or beside the first."""
+    base = base or next(iter(found))
+    return markdown(f"| parameters: | seeds: | loss: | to {base}:", (
         (name, f"{rows[0]['parameters']:,}", str(len(rows)), f"{mean(rows):.3f}",
          show_difference(rows, found[base]))
         for name, rows in found.items()
     ))  # fmt: skip
+
+
+def rates() -> str:
+    """The losses at three learning rates, on a seed that is not reported."""
+    found, lines = runs("rates"), {}
+    for name, (row,) in found.items():
+        model, _, factor = name.rpartition(", ")
+        lines.setdefault(model, {})[factor] = f"{row['val_loss']:.3f}"
+    factors = ("0.6", "1", "1.6")
+    heads = "learning rate, times | " + " | ".join(f"{factor}:" for factor in factors)
+    return markdown(
+        heads, ((name, *(of.get(f, "") for f in factors)) for name, of in lines.items())
+    )
+
+
+def glance() -> str:
+    """Loss and costs of the models of one size; operations and bytes are those of a token."""
+    found = runs("glance")
+    path = {"canonical": 3, "lean": 3, "lean, shared_kv": 3, "serial": 4, "YOCO": 4}
+    heads = "| parameters: | loss: | to GPT: | | operations of a prompt: | of a new token: "
+    heads += "| cache, bytes: | layers on the critical path:"
+    lines = []
+    for name, rows in found.items():
+        first, deltas = rows[0], differences(rows, found["GPT"])
+        depth = re.search(r"decoder_only --n_layer=(\d)", first["settings"])
+        lines.append((
+            name, f"{first['parameters']:,}", f"{mean(rows):.3f}",
+            *(("", "") if name == "GPT" else (with_interval(deltas, 3, "+z"), verdict(deltas))),
+            f"{first['prompt_flops']:,.0f}", f"{first['token_flops']:,.0f}",
+            f"{first['cache_bytes']:,}", depth[1] if depth else str(path[name]),
+        ))  # fmt: skip
+    return markdown(heads, lines)
+
+
+def lag() -> str:
+    """The decoder k layers behind the encoder; L + L layers are in series from k = L on."""
+    found, lines = runs("lag"), []
+    for name, rows in found.items():
+        depth, what = name.split(", ", 1)
+        L, k = int(depth[0]), re.match(r"lag (\d)(.*)", what)
+        path = min(L + 1 + int(k[1]), 2 * L) if k else 2 * L
+        base = found.get(f"{depth}, lag 0{k[2] if k else ''}")
+        deltas = differences(rows, base or [])
+        is_base = not deltas or rows is base
+        lines.append((
+            name, f"{rows[0]['parameters']:,}", str(path), str(len(rows)), f"{mean(rows):.3f}",
+            *(("", "") if is_base else (with_interval(deltas, 3, "+z"), verdict(deltas))),
+        ))  # fmt: skip
+    heads = "| parameters: | layers on the critical path: | seeds: | loss: | to lag 0: |"
+    return markdown(heads, lines)
 
 
 def sizes() -> str:
@@ -372,7 +439,7 @@ def probes() -> str:
             if stream == "the commonest":
                 continue
             shares = ([100 * p[stream][target] for p in of_streams] for target in majority)
-            lines.append((name, stream, *(with_error(s, 1) for s in shares)))
+            lines.append((name, stream, *(with_interval(s, 1) for s in shares)))
     lines.append(("majority baseline", "", *(f"{100 * share:.1f}" for share in majority.values())))
     return markdown("| stream | " + " | ".join(f"{target}, %:" for target in majority), lines)
 
@@ -394,7 +461,7 @@ def cuts(whole: bool) -> str:
         if name == "nothing":
             return f"{statistics.mean(row['cuts'][name] for row in rows):.3f}"
         values = [row["cuts"][name] - row["cuts"]["nothing"] for row in rows]
-        return with_error(values, 3, "+z")
+        return with_interval(values, 3, "+z")
 
     return markdown("left out | " + " | ".join(f"{model}:" for model in found), (
         (name, *(cell(rows, name) for rows in found.values()))
@@ -439,8 +506,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sparse": sparse,
     "faults": faults,
     "sizes": sizes,
-    "lateral": lambda: compared("lateral", "W_lat LN(e), 80 wide"),
-    "variants": lambda: compared("variants", "canonical"),
+    "lateral": lambda: compared(runs("lateral"), "W_lat LN(e), 80 wide"),
+    "variants": lambda: compared(runs("variants"), "canonical"),
     "curve": curve,
     "experts": experts,
     "use": use,
@@ -448,6 +515,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuts": lambda: cuts(whole=False),
     "cuts, all": lambda: cuts(whole=True),
 }
+
+
+def of_question(name: str) -> str:
+    """The tables of a question of run.py."""
+    several = {"inside": ("probes", "cuts, all", "use"), "large": ("sizes",)}
+    tables = TABLES | {"rates": rates, "glance": glance, "lag": lag}
+    return "\n\n".join(
+        tables[table]() if table in tables else compared(runs(table))
+        for table in several.get(name, (name,))
+    )
 
 
 def fill(text: str) -> str:

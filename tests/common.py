@@ -45,7 +45,7 @@ TINY = (
 # A run that is still going when the signal comes, however late this process wakes up.
 LONG = ("--max_iters=3000", "--lr_decay_iters=3000", "--eval_interval=1500", "--log_interval=6")
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tests.preload"])  # in the working folder: the project's
+FORKSERVER.set_forkserver_preload(["tests.preload"])
 
 
 def become(folder, argv, env, output, first):

@@ -1,8 +1,20 @@
 """Fixtures: a text, a data set prepared from it, and runs that went from start to end."""
 
+import contextlib
+import sys
+from multiprocessing import forkserver
+
 import pytest
 
 from common import ROOT, TINY, succeed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
+    """Starts it where it finds what it is to import first."""
+    if sys.platform == "linux":
+        with contextlib.chdir(ROOT):
+            forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ def test_the_index_names_each_question():
     lines = (ROOT / "experiments/results.jsonl").read_text(encoding="utf-8").splitlines()
     benchmarks = {"bench_training", "bench_inference", "bench_gpu", "faults", "recipe/search"}
     assert named == {json.loads(line)["question"] for line in lines} | benchmarks | {"probes"}
-    known = {question.__name__ for question in tables.QUESTIONS}
+    known = set(tables.QUESTIONS)
     assert {json.loads(line)["question"] for line in lines} <= known
 
 
@@ -120,6 +120,6 @@ def test_commands_and_code_run(name, prepared, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_questions_that_are_asked_exist(name):
-    known = {question.__name__ for question in tables.QUESTIONS}
+    known = set(tables.QUESTIONS)
     asked = re.findall(r"python experiments/run\.py ([a-z ]+)", PAGES[name])
     assert {question for words in asked for question in words.split()} <= known
