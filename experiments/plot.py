@@ -59,6 +59,46 @@ def loss() -> None:
     save("loss")
 
 
+def glance() -> None:
+    """The loss against what a token of a prompt costs: at equal parameters, and smaller GPTs."""
+    _, ax = plt.subplots(figsize=(5.4, 3.8))
+    for name, rows in runs("glance").items():
+        color = BLUE if name.startswith("GPT") else ORANGE if name in ("YOCO", "serial") else GREEN
+        cost, smaller = rows[0]["prompt_flops"] / 1e3, name in ("GPT, 84 wide", "GPT, 2 layers")
+        how = dict(color=color, capsize=2, markerfacecolor="none" if smaller else color)
+        ax.errorbar(cost, mean(rows), spread(rows), fmt="o", **how)
+        ax.annotate(
+            name, (cost, mean(rows)), (6, 3), textcoords="offset points", color=color, fontsize=9
+        )
+    ax.margins(x=0.2)
+    ax.set_xlabel("thousand operations a token of a prompt")
+    ax.set_ylabel("validation loss, nats per character")
+    save("glance")
+
+
+def lag() -> None:
+    """The loss against the layers on the critical path, for three depths."""
+    found = runs("lag")
+    _, ax = plt.subplots(figsize=(5.4, 3.8))
+    for L, color in ((2, GREEN), (4, BLUE), (8, ORANGE)):
+        depth = f"{L} + {L} layers, "
+        for form, style, label in (("", "o-", ""), (", not lateral", "o:", ", not lateral")):
+            of_form = {k: found.get(f"{depth}lag {k}{form}") for k in range(L + 1)}
+            points = [(min(L + 1 + k, 2 * L), rows) for k, rows in of_form.items() if rows]
+            ax.errorbar(
+                [path for path, _ in points], [mean(rows) for _, rows in points],
+                [spread(rows) for _, rows in points], fmt=style, color=color, capsize=2,
+                label=f"{L} + {L}{label}",
+            )  # fmt: skip
+        for name, marker in (("GPT", "s"), ("YOCO", "^")):
+            if rows := found.get(depth + name):
+                ax.plot(2 * L + 0.25, mean(rows), marker, color=color, markerfacecolor="none")
+    ax.set_xlabel("layers on the critical path")
+    ax.set_ylabel("validation loss, nats per character")
+    ax.legend(fontsize=8)
+    save("lag")
+
+
 def curve() -> None:
     """Loss against active parameters: learned dropout, top-k experts, smaller dense models."""
     found = runs("curve") | runs("experts")  # of the latter those with an entropy penalty

@@ -25,6 +25,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,33 @@ def lag() -> Iterator[dict]:
         yield run(f"{L} + {L} layers, GPT", f"{size} {gpt}", 5)
 
 
+def passes() -> Iterator[dict]:
+    """Little data, many passes: what do dropout and learned dropout do for a text read 15 times?"""
+    learned = "--router_input=encoder --l1_norm=squared --penalty_schedule=exponential"
+    few = ("none", "dropout=0.1", "hidden, l1_weight=0.3", "output, l1_weight=0.3")
+    for model, C, lengths in (("lean, shared_kv", 84, (50_000, 200_000)), ("GPT", 96, (50_000,))):
+        of_output = f"--n_expert={C} --expert_site=output --router_n_head=2 "
+        sites = {"hidden": "--n_expert=16", "output": f"{of_output} --router_head_dim={C // 2}"}
+        ways = {"none": "", "dropout=0.1": "--dropout=0.1", "dropout=0.2": "--dropout=0.2"} | {
+            f"{site}, l1_weight={weight}": f"{fields} {learned} --l1_weight={weight}"
+            for site, fields in sites.items() for weight in (0.05, 0.3, 1)
+        }  # fmt: skip
+        for length in lengths:
+            steps = 15 * length // (12 * 64)
+            how = f"--dataset=shakespeare_first_{length} --max_iters={steps} --eval_iters=50 "
+            how += f"--lr_decay_iters={steps} --eval_interval={steps // 8}"
+            how += f" --learning_rate={RATES[model] * RATE:g} {MODELS[model][0]}"
+            for way in ways if length == 50_000 else few:
+                yield run(f"{model}, {length:,}, {way}", f"{PRESENT} {how} {ways[way]}", 3)
+
+
+def works() -> Iterator[dict]:
+    """Does the first table hold on the complete works, which are four times as long?"""
+    for name, (settings, peer) in MODELS.items():
+        rate = f"--learning_rate={RATES.get(name, 1) * RATE:g} --dataset=shakespeare_works"
+        yield run(name, f"{PRESENT} {settings} {rate}", 3, peer)
+
+
 def curve() -> Iterator[dict]:
     """The loss against the share of experts on, beside other ways to the same active size."""
     for l1_weight in (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0):
@@ -151,31 +179,16 @@ def variants() -> Iterator[dict]:
 
 
 def sizes() -> Iterator[dict]:
-    """Parallel, decoder-only and serial stacks at equal parameters and steps, three sizes."""
-    longer = "--max_iters=500 --lr_decay_iters=500 --eval_interval=125 --warmup_iters=60"
-    for size, seeds, steps, widths in (
-        ("0.33 M", 5, SHORT, (76, 80, 96)),
-        ("0.8 M", 5, SHORT, (120, 126, 150)),
-        ("3 M", 3, f"{longer} --block_size=128 --n_head=4", (232, 244, 292)),
+    """Does the answer change from 0.33 to 1 and 3 M parameters?"""
+    for size, heads, layers, width, gpt in (
+        ("0.33 M", 2, 2, 84, "--n_layer=3 --n_embd=96"),
+        ("1 M", 4, 3, 120, "--n_layer=5 --n_embd=128"),
+        ("3 M", 4, 4, 184, "--n_layer=7 --n_embd=192"),
     ):
-        canonical, simple, gpt = (f"{steps} --n_embd={width}" for width in widths)
-        yield run(f"parallel, {size}", f"config/canonical.py {canonical}", seeds)
-        yield run(f"lateral, {size}", f"config/canonical.py {simple} {LATERAL}", seeds)
-        yield run(f"serial, {size}", f"config/canonical.py {canonical}", seeds, peer="serial()")
-        yield run(f"decoder-only, {size}", f"config/decoder_only.py {gpt}", seeds)
-
-
-def large() -> Iterator[dict]:
-    """The presets' layer, up to fd66022, and a GPT of 11 million parameters, half an hour each."""
-    steps = (
-        "--block_size=256 --batch_size=8 --max_iters=800 --lr_decay_iters=800 --n_head=6 "
-        "--learning_rate=3e-3 --eval_interval=200"
-    )
-    dense = f"config/shakespeare_char_dense.py {steps} --n_layer=3 --n_embd=384"
-    yield run("lateral, 11 M", dense, seeds=1)
-    yield run(
-        "decoder-only, 11 M", f"config/decoder_only.py {steps} --n_layer=6 --n_embd=396", seeds=1
-    )
+        ours = f"{PRESENT} --n_head={heads} --n_layer={layers} --n_embd={width}"
+        yield run(f"GPT, {size}", f"{PRESENT} --n_head={heads} --arch=decoder_only {gpt}", 3)
+        yield run(f"lean, shared_kv, {size}", ours, 3)
+        yield run(f"YOCO, {size}", f"{ours} --shared_kv=False", 3, "yoco()")
 
 
 def experts() -> Iterator[dict]:
@@ -241,7 +254,7 @@ def lateral() -> Iterator[dict]:
 
 FORMAT = 3  # of these runs; those of 2 had other presets, those without it another layer, too
 WHAT = ("name", "settings", "peer")  # of a run that a question asks for; each has several seeds
-ALL = (rates, glance, lag, lateral, curve, variants, sizes, experts, inside, large)
+ALL = (rates, glance, lag, passes, works, lateral, curve, variants, sizes, experts, inside)
 QUESTIONS = {question.__name__: question for question in ALL}
 
 
@@ -295,6 +308,30 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
         "seconds": whole["seconds"],
         **found,
     }
+
+
+def ready(settings: str) -> None:
+    """Makes the data set that they name, if it is missing: the first characters of tinyshakespeare
+    before the whole validation split, or the complete works."""
+    name = re.search(r"--dataset=(\S+)", settings)
+    folder, source = ROOT / "data" / (name[1] if name else ""), ROOT / "data/shakespeare_char"
+    if not name or folder.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=ROOT / "data") as made:
+        if first := re.fullmatch(r"shakespeare_first_(\d+)", name[1]):
+            meta = json.loads((source / "meta.json").read_text("utf-8"))
+            meta["tokens"]["train"] = int(first[1])
+            ids = (source / "train.bin").read_bytes()[: 2 * int(first[1])]
+            Path(made, "train.bin").write_bytes(ids)
+            shutil.copy(source / "val.bin", made)
+            Path(made, "meta.json").write_text(json.dumps(meta), "utf-8")
+            shutil.copytree(made, folder)
+        elif name[1] == "shakespeare_works":
+            sys.path.insert(0, str(ROOT))
+            import prepare_shakespeare
+
+            Path(made, "works.txt").write_bytes(prepare_shakespeare.fetch_complete_works())
+            prepare_shakespeare.prepare("char", str(Path(made, "works.txt")), name[1], None)
 
 
 def costs(settings: str, peer: str) -> dict:
@@ -381,6 +418,8 @@ def work_off(asked: dict[str, list[dict]], path: Path, options: argparse.Namespa
     if mixed := {job["question"] for job in jobs} & earlier:
         print(f"{', '.join(sorted(mixed))}: measured with an earlier layer; nothing is run")
         jobs = [job for job in jobs if job["question"] not in mixed]
+    for job in jobs:
+        ready(job["settings"])
     lock = threading.Lock()
 
     def work(number: int) -> None:

@@ -376,21 +376,16 @@ def lag() -> str:
 
 
 def sizes() -> str:
-    """Stacks of one size; the difference is that to decoder-only."""
-    found = runs("sizes") | runs("large")
-
-    def flops(name: str, size: str) -> str:
-        like = "parallel" if name.startswith("serial") else name.split(", ")[0]  # the same products
-        return f"{found[f'{like}, {size}'][0]['flops_per_token'] / 1e6:.2f}"
-
-    heads = "| parameters: | MFLOP per token: | iterations: | seconds: | seeds: | loss: "
-    return markdown(heads + "| to decoder-only:", (
-        (name, f"{rows[0]['parameters']:,}", flops(name, size), f"{rows[0]['iterations']:,}",
-         f"{statistics.median(row['seconds'] for row in rows):,.0f}", str(len(rows)),
-         f"{mean(rows):.3f}", show_difference(rows, found[f"decoder-only, {size}"]))
-        for name, rows in found.items() for size in [name.split(", ")[1]]
-        if f"decoder-only, {size}" in found
-    ))  # fmt: skip
+    """Models of several sizes, each beside the GPT of its size."""
+    found, lines = runs("sizes"), []
+    for name, rows in found.items():
+        deltas = differences(rows, found.get(f"GPT, {name.rpartition(', ')[2]}", []))
+        is_base = not deltas or name.startswith("GPT")
+        lines.append((
+            name, f"{rows[0]['parameters']:,}", str(len(rows)), f"{mean(rows):.3f}",
+            *(("", "") if is_base else (with_interval(deltas, 3, "+z"), verdict(deltas))),
+        ))  # fmt: skip
+    return markdown("| parameters: | seeds: | loss: | to GPT: |", lines)
 
 
 def experts() -> str:
@@ -505,7 +500,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "texts": texts,
     "sparse": sparse,
     "faults": faults,
-    "sizes": sizes,
+    "rates": rates,
     "lateral": lambda: compared(runs("lateral"), "W_lat LN(e), 80 wide"),
     "variants": lambda: compared(runs("variants"), "canonical"),
     "curve": curve,
@@ -519,8 +514,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def of_question(name: str) -> str:
     """The tables of a question of run.py."""
-    several = {"inside": ("probes", "cuts, all", "use"), "large": ("sizes",)}
-    tables = TABLES | {"rates": rates, "glance": glance, "lag": lag}
+    several = {"inside": ("probes", "cuts, all", "use")}
+    tables = TABLES | {"glance": glance, "lag": lag, "sizes": sizes}
     return "\n\n".join(
         tables[table]() if table in tables else compared(runs(table))
         for table in several.get(name, (name,))

@@ -1,5 +1,6 @@
 """Tests of experiments/run.py: what it runs, prints and refuses; and of the figures."""
 
+import array
 import json
 import re
 import statistics
@@ -10,6 +11,7 @@ from run import PRESENT
 
 import tables
 from common import ROOT
+from prepare_shakespeare import load_data
 
 
 @pytest.fixture
@@ -171,6 +173,25 @@ def test_learning_rates_are_the_best_of_three():
     assert set(found) == set(run.MODELS) or not tables.runs("glance")
     for name, losses in found.items():
         assert len(losses) == 3 and min(losses, key=losses.get) == run.RATES.get(name, 1), name
+
+
+def test_a_short_text_is_the_beginning_of_the_training_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    source = tmp_path / "data/shakespeare_char"
+    source.mkdir(parents=True)
+    for name, ids in (("train", range(900)), ("val", range(100))):
+        (source / f"{name}.bin").write_bytes(array.array("H", (k % 65 for k in ids)).tobytes())
+    chars = "".join(chr(40 + k) for k in range(65))
+    meta = {"tokenizer": {"kind": "char", "chars": chars}, "vocab_size": 65}
+    meta |= {"source": "tinyshakespeare", "tokens": {"train": 900, "val": 100}}
+    (source / "meta.json").write_text(json.dumps(meta), "utf-8")
+    for _ in range(2):
+        run.ready("config/x.py --dataset=shakespeare_first_500 --n_embd=8")
+    _, data = load_data(tmp_path / "data/shakespeare_first_500")
+    assert data["train"].tolist() == [k % 65 for k in range(500)]
+    assert data["val"].tolist() == [k % 65 for k in range(100)]
+    run.ready("config/x.py --n_embd=8")
+    assert len([*tmp_path.glob("data/*")]) == 2
 
 
 def test_help(capsys):
