@@ -93,7 +93,7 @@ def show_sample(model: ParallelEncoderDecoder, tokenizer: Tokenizer, seed: int) 
         return
     idx = torch.tensor([ids], device=model.tok_emb.weight.device)
     torch.manual_seed(seed)
-    text = model.generate(idx, 300, temperature=0.8, top_k=200)
+    text = model.eval().generate(idx, 300, temperature=0.8, top_k=200)  # eval: once, not per token
     print(f"\nA sample:\n{printable(tokenizer.decode(text[0].tolist()))}\n")
 
 

@@ -76,7 +76,8 @@ RATES = {"GPT": 1.6, "lean, shared_kv": 1.6, "GPT, 2 layers": 1.6}
 
 
 def rates() -> Iterator[dict]:
-    """Which learning rates suit the models of `glance`, on a seed that it does not report?"""
+    """Which learning rates suit the models of `glance`, on a seed that it does not report? Most
+    learn best at ours, some at 1.6 times it."""
     for name, (settings, peer) in MODELS.items():
         for factor in (0.6, 1, 1.6):
             rate = f"--learning_rate={factor * RATE:g}"
@@ -104,7 +105,8 @@ def lag() -> Iterator[dict]:
 
 
 def passes() -> Iterator[dict]:
-    """Little data, many passes: what do dropout and learned dropout do for a text read 15 times?"""
+    """What do dropout and learned dropout do for a short text that is read 15 times? Not measured
+    yet."""
     learned = "--router_input=encoder --l1_norm=squared --penalty_schedule=exponential"
     few = ("none", "dropout=0.1", "hidden, l1_weight=0.3", "output, l1_weight=0.3")
     for model, C, lengths in (("lean, shared_kv", 84, (50_000, 200_000)), ("GPT", 96, (50_000,))):
@@ -124,14 +126,15 @@ def passes() -> Iterator[dict]:
 
 
 def works() -> Iterator[dict]:
-    """Does the first table hold on the complete works, which are four times as long?"""
+    """Does the first table hold on the complete works, four times as long? Not measured yet."""
     for name, (settings, peer) in MODELS.items():
         rate = f"--learning_rate={RATES.get(name, 1) * RATE:g} --dataset=shakespeare_works"
         yield run(name, f"{PRESENT} {settings} {rate}", 3, peer)
 
 
 def curve() -> Iterator[dict]:
-    """The loss against the share of experts on, beside other ways to the same active size."""
+    """What do experts cost that are off, beside other ways to the same active size? A narrower
+    model beats experts that L1 turns off."""
     for l1_weight in (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0):
         yield run(f"l1_weight={l1_weight}", f"{EXPERTS} --l1_weight={l1_weight}", seeds=3)
     for n_embd in (76, 70, 64, 58, 52):
@@ -148,7 +151,8 @@ def curve() -> Iterator[dict]:
 
 
 def variants() -> Iterator[dict]:
-    """The variants of the layer, one at a time from the canonical one."""
+    """Which variants of the layer help, one at a time from the canonical one? W_lat helps most;
+    with it the decoder needs no self-attention."""
     yield run("canonical", SMALL, seeds=5)
     for setting in (
         "cross_first=True",
@@ -179,7 +183,7 @@ def variants() -> Iterator[dict]:
 
 
 def sizes() -> Iterator[dict]:
-    """Does the answer change from 0.33 to 1 and 3 M parameters?"""
+    """Does the answer change from 0.33 to 1 and 3 M parameters? Not measured yet."""
     for size, heads, layers, width, gpt in (
         ("0.33 M", 2, 2, 84, "--n_layer=3 --n_embd=96"),
         ("1 M", 4, 3, 120, "--n_layer=5 --n_embd=128"),
@@ -192,7 +196,8 @@ def sizes() -> Iterator[dict]:
 
 
 def experts() -> Iterator[dict]:
-    """The hyperparameters of learned dropout, one at a time from EXPERTS."""
+    """Which settings of learned dropout matter, one at a time from EXPERTS? Penalties at full
+    weight too early hurt; most other settings hardly matter."""
     yield run("experts", EXPERTS, seeds=3)
     for setting in (
         "entropy_weight=0.05",
@@ -227,7 +232,8 @@ def experts() -> Iterator[dict]:
 
 
 def inside() -> Iterator[dict]:
-    """What the streams hold, by linear probes and by cuts, and what the experts respond to."""
+    """What do the streams hold, by linear probes and by ablations, and what do the experts respond
+    to? The canonical stacks specialise; experts respond to the character."""
     lateral = f"{LATERAL} --n_embd=80"
     for name, settings in {
         "canonical": SMALL,
@@ -241,7 +247,8 @@ def inside() -> Iterator[dict]:
 
 
 def lateral() -> Iterator[dict]:
-    """The lateral connection, without parameters, beside d = d + W_lat LN(e), with shared_kv."""
+    """Is the lateral connection as good without parameters as d = d + W_lat LN(e)? No difference
+    was found."""
     lean = (
         f"{SMALL} --block_size=96 --decoder_self_attention=False --shared_kv=True "
         "--position_embedding=rotary"
@@ -384,17 +391,22 @@ def sweep(text: str, seeds: int, peer: str) -> Iterator[dict]:
 
 
 def index() -> str:
-    """The questions, how many of their runs there are, and the core-hours that these took."""
+    """The questions, their answers, how many of their runs there are, and their core-hours."""
     from tables import markdown
 
     rows, lines = read_rows(RESULTS), []
-    for name, question in QUESTIONS.items():
+    for name in QUESTIONS:
         of_question = [row for row in rows if row["question"] == name]
-        asked = sum(len(each["seeds"]) for each in question())
+        asked = sum(len(each["seeds"]) for each in QUESTIONS[name]())
         hours = sum(row["seconds"] for row in of_question) / 3600
-        about = question.__doc__.strip().splitlines()[0]
-        lines.append((name, about, f"{len(of_question)} of {asked}", f"{hours:.1f}"))
-    return markdown("question | it asks | runs: | core-hours:", lines)
+        lines.append((name, *about(name), f"{len(of_question)} of {asked}", f"{hours:.1f}"))
+    return markdown("question | it asks | answer | runs: | core-hours:", lines)
+
+
+def about(name: str) -> tuple[str, str]:
+    """What a question asks, and the answer."""
+    asks, _, answer = " ".join(QUESTIONS[name].__doc__.split()).partition("? ")
+    return f"{asks}?", answer
 
 
 def work_off(asked: dict[str, list[dict]], path: Path, options: argparse.Namespace) -> None:
@@ -506,7 +518,7 @@ def main(argv: list[str]) -> None:
     asked = {name: [*QUESTIONS[name]()] for name in options.questions or QUESTIONS}
     work_off(asked, RESULTS, options)
     for name in asked:
-        print(f"\n{name}: {QUESTIONS[name].__doc__}\n\n{tables.of_question(name)}")
+        print("\n".join(("", f"{name}: {' '.join(about(name))}", "", tables.of_question(name))))
 
 
 if __name__ == "__main__":

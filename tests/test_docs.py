@@ -12,6 +12,8 @@ import pytest
 from common import ROOT, TINY, run_two, succeed
 
 sys.path.insert(0, str(ROOT / "experiments"))
+from run import about  # noqa: E402
+
 import tables  # noqa: E402
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in tables.PAGES}
@@ -69,6 +71,9 @@ def test_the_index_names_each_question():
     lines = (ROOT / "experiments/results.jsonl").read_text(encoding="utf-8").splitlines()
     benchmarks = {"bench_training", "bench_inference", "bench_gpu", "faults", "recipe/search"}
     assert named == {json.loads(line)["question"] for line in lines} | benchmarks | {"probes"}
+    answers = {row.split("`")[1]: row.split(" | ")[1] for row in rows}
+    for name in named & set(tables.QUESTIONS):
+        assert answers[name] == about(name)[1], name
     known = set(tables.QUESTIONS)
     assert {json.loads(line)["question"] for line in lines} <= known
 

@@ -41,7 +41,7 @@ def trained(monkeypatch, tmp_path):
 
 
 def depth():
-    """How deep?"""
+    """How deep? Not very."""
     for layers in (1, 2):
         yield run.run(f"{layers} layers", f"config/canonical.py --n_layer={layers}", 3)
 
@@ -62,7 +62,7 @@ def test_a_question_is_asked_once_and_prints_its_table_each_time(trained, monkey
         half = 4.302653 * statistics.stdev([0.001, -0.0004, 0.0002]) / 3**0.5
         assert capsys.readouterr().out.splitlines() == [
             "",
-            "depth: How deep?",
+            "depth: How deep? Not very.",
             "",
             "|  | parameters | seeds | loss | to 1 layers |",
             "| --- | ---: | ---: | ---: | ---: |",
@@ -70,7 +70,7 @@ def test_a_question_is_asked_once_and_prints_its_table_each_time(trained, monkey
             f"| 2 layers | 2,000 | 3 | 1.701 | +0.100 ± {half:.3f} |",
         ]
     run.main(["--list"])
-    assert capsys.readouterr().out.endswith("| depth | How deep? | 6 of 6 | 0.0 |\n")
+    assert capsys.readouterr().out.endswith("| depth | How deep? | Not very. | 6 of 6 | 0.0 |\n")
 
 
 def test_a_sweep_of_ones_own(trained, capsys):
