@@ -21,6 +21,7 @@ from configurator import pick_dtype, printable
 from model import Attention, ParallelEncoderDecoder, evaluation, mask_statistics, window_start
 from prepare_shakespeare import Tokenizer
 
+SAMPLED = 300  # tokens, at the end of a run
 N_LIKELY = 8  # next tokens that the page shows for each token
 OFF, ON = (38, 70, 131), (244, 162, 58)  # RGB of the least and the largest share of experts on
 
@@ -93,7 +94,8 @@ def show_sample(model: ParallelEncoderDecoder, tokenizer: Tokenizer, seed: int) 
         return
     idx = torch.tensor([ids], device=model.tok_emb.weight.device)
     torch.manual_seed(seed)
-    text = model.eval().generate(idx, 300, temperature=0.8, top_k=200)  # eval: once, not per token
+    model.eval()  # or each token would set it, and set it back
+    text = model.generate(idx, SAMPLED, temperature=0.8, top_k=200)
     print(f"\nA sample:\n{printable(tokenizer.decode(text[0].tolist()))}\n")
 
 

@@ -27,9 +27,14 @@ def test_its_rows_make_sense(tmp_path, monkeypatch):
     results = json.loads(out.read_text("utf-8"))
     assert set(results) == {"step"} and not end.value.code
     monkeypatch.setattr(bench_gpu.torch, "set_num_threads", lambda n: None)
-    bench_gpu.measure_part("decode", str(tmp_path / "rows"), "inf", "quick")
-    here, *rows = map(json.loads, (tmp_path / "rows").read_text("utf-8").splitlines())
-    results["decode"] = here | {"failed": None, "left_out": [], "rows": rows, "wall_seconds": 0}
+    for part in ("prompt", "decode"):
+        bench_gpu.measure_part(part, str(tmp_path / part), "inf", "quick")
+        here, *rows = map(json.loads, (tmp_path / part).read_text("utf-8").splitlines())
+        rows, left = ([r for r in rows if isinstance(r, kind)] for kind in (dict, str))
+        results[part] = here | {"failed": None, "left_out": [], "rows": rows, "wall_seconds": 0}
+        assert len(left) == (part == "prompt") and all("it builds a mask" in one for one in left)
+    prompt = rows_of(results["prompt"], "model", "way", "texts")
+    assert {(LEAN, "graph", 1), ("GPT, GQA", "graph", 1), (GPT2, "eager", 2)} < set(prompt)
     step = rows_of(results["step"], "model", "how")
     trained = {GPT, LEAN, f"{LEAN}, 16 experts", f"{LEAN}, Muon", GPT2}
     assert set(step) == {(name, "eager") for name in trained} | {(LEAN, "compiled")}

@@ -229,7 +229,7 @@ def test_a_run_closes_with_the_checkpoint_that_it_keeps(overfitted, monkeypatch,
     assert risen in printed
     model, tokenizer = load(overfitted / "again", device="cpu")
     torch.manual_seed(1337)
-    drawn = model.generate(torch.tensor([tokenizer.encode("\n")]), 300, 0.8, top_k=200)
+    drawn = model.generate(torch.tensor([tokenizer.encode("\n")]), 30, 0.8, top_k=200)
     assert f"A sample:\n{tokenizer.decode(drawn[0].tolist())}\n" in printed
 
 
