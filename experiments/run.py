@@ -85,14 +85,16 @@ def rates() -> Iterator[dict]:
 
 
 def glance() -> Iterator[dict]:
-    """Does it beat a plain GPT, and other ways to a cheap prompt, at equal parameters?"""
+    """Does it beat a plain GPT, or other ways to a cheap prompt? No difference to a plain GPT was
+    found at equal parameters; GPTs whose prompts cost as much are behind."""
     for name, (settings, peer) in MODELS.items():
         rate = f"--learning_rate={RATES.get(name, 1) * RATE:g}"
         yield run(name, f"{PRESENT} {settings} {rate}", 5, peer)
 
 
 def lag() -> Iterator[dict]:
-    """Does it cost anything to run the stacks side by side, and not one after the other?"""
+    """Does it cost anything to run the stacks side by side, and not one after the other? Not
+    measured yet."""
     for L, width, lags in ((2, 84, (0, 1, 2)), (4, 60, (0, 1, 2, 3, 4)), (8, 44, (0, 4, 8))):
         size = f"{PRESENT} --n_embd={width} --n_layer={L}"
         for k in lags:

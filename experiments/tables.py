@@ -501,6 +501,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sparse": sparse,
     "faults": faults,
     "rates": rates,
+    "glance": glance,
     "lateral": lambda: compared(runs("lateral"), "W_lat LN(e), 80 wide"),
     "variants": lambda: compared(runs("variants"), "canonical"),
     "curve": curve,
@@ -515,7 +516,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def of_question(name: str) -> str:
     """The tables of a question of run.py."""
     several = {"inside": ("probes", "cuts, all", "use")}
-    tables = TABLES | {"glance": glance, "lag": lag, "sizes": sizes}
+    tables = TABLES | {"lag": lag, "sizes": sizes}
     return "\n\n".join(
         tables[table]() if table in tables else compared(runs(table))
         for table in several.get(name, (name,))
