@@ -6,6 +6,7 @@ from multiprocessing import forkserver
 
 import pytest
 
+import configurator
 import view
 from common import ROOT, TINY, succeed
 
@@ -17,6 +18,13 @@ def quicker():
     if sys.platform == "linux":
         with contextlib.chdir(ROOT):
             forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def streams_are_put_back():
+    """What a test changed in its process by parts of a script, without the script's end."""
+    yield
+    configurator.UNDO.close()
 
 
 @pytest.fixture(scope="session")
