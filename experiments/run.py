@@ -93,8 +93,8 @@ def glance() -> Iterator[dict]:
 
 
 def lag() -> Iterator[dict]:
-    """Does it cost anything to run the stacks side by side, and not one after the other? Not
-    measured yet."""
+    """Does it cost anything to run the stacks side by side, and not one after the other? Measured
+    in part only."""
     for L, width, lags in ((2, 84, (0, 1, 2)), (4, 60, (0, 1, 2, 3, 4)), (8, 44, (0, 4, 8))):
         size = f"{PRESENT} --n_embd={width} --n_layer={L}"
         for k in lags:

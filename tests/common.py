@@ -20,6 +20,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are of CPUs; a forked process c
 
 import torch  # noqa: E402
 
+torch.set_num_threads(1)  # the tensors are small, and the cores may be shared
 ROOT = Path(__file__).parent.parent
 for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # as in a job in the background
     if signal.getsignal(number) == signal.SIG_IGN:
