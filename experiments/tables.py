@@ -88,8 +88,10 @@ def show_difference(rows: list[dict], base: list[dict]) -> str:
 
 
 def verdict(values: list[float]) -> str:
-    """What the differences of losses say, by their 95 % interval."""
+    """What the differences of losses say, by their 95 % interval; nothing, of a single one."""
     mean, half = statistics.mean(values), interval(values)
+    if math.isnan(half):
+        return ""
     if abs(mean) > half:
         return "worse" if mean > 0 else "better"
     return "as good" if abs(mean) + half <= 0.01 else "no difference found"

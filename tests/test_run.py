@@ -164,6 +164,10 @@ def test_what_differences_say(values, mean, half, said):
     assert tables.verdict(values) == said
 
 
+def test_a_single_difference_says_nothing():
+    assert tables.verdict([0.5]) == "" and tables.with_interval([0.5], 1) == "0.5"
+
+
 def test_learning_rates_are_the_best_of_three():
     """Those of `glance` are what `rates` found."""
     found = {}
