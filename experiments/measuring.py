@@ -16,7 +16,10 @@ def settings_of(*argv: str) -> dict[str, Any]:
     """The settings of `train.py config/... --key=value`, on a CPU if they name no device."""
     train = {"__file__": "train.py"}
     exec((ROOT / "train.py").read_text("utf-8").split("# " + "-" * 77)[1], train)
-    return configurator.override(train, ["--device=cpu", *argv])
+    try:
+        return configurator.override(train, ["--device=cpu", *argv])
+    finally:
+        configurator.UNDO.close()  # what a script changes in its process
 
 
 def fields_of(settings: dict[str, Any]) -> dict[str, Any]:

@@ -82,29 +82,6 @@ def glance() -> None:
     save("glance")
 
 
-def lag() -> None:
-    """The loss against the layers on the critical path, for three depths."""
-    found = runs("lag")
-    _, ax = plt.subplots(figsize=(5.4, 3.8))
-    for L, color in ((2, GREEN), (4, BLUE), (8, ORANGE)):
-        depth = f"{L} + {L} layers, "
-        for form, style, label in (("", "o-", ""), (", not lateral", "o:", ", not lateral")):
-            of_form = {k: found.get(f"{depth}lag {k}{form}") for k in range(L + 1)}
-            points = [(min(L + 1 + k, 2 * L), rows) for k, rows in of_form.items() if rows]
-            ax.errorbar(
-                [path for path, _ in points], [mean(rows) for _, rows in points],
-                [spread(rows) for _, rows in points], fmt=style, color=color, capsize=2,
-                label=f"{L} + {L}{label}",
-            )  # fmt: skip
-        for name, marker in (("GPT", "s"), ("YOCO", "^")):
-            if rows := found.get(depth + name):
-                ax.plot(2 * L + 0.25, mean(rows), marker, color=color, markerfacecolor="none")
-    ax.set_xlabel("layers on the critical path")
-    ax.set_ylabel("validation loss, nats per character")
-    ax.legend(fontsize=8)
-    save("lag")
-
-
 def curve() -> None:
     """Loss against active parameters: learned dropout, top-k experts, smaller dense models."""
     found = runs("curve") | runs("experts")  # of the latter those with an entropy penalty

@@ -15,9 +15,9 @@ it is done, so that a sweep which was interrupted goes on where it stopped. Loss
 the whole validation split, in nats per character. On one kind of machine a run gives the same
 losses bit for bit.
 
-The runs so far were made with earlier presets, and all but those of `lateral` with the layer up to
-commit fd66022, with another `lateral`. Each line of results.jsonl has its commit, where it can be
-repeated; here it is refused. This file is not for speed: bench_*.py measure that.
+Lines of an earlier FORMAT were made with other presets, most with the layer up to commit fd66022.
+Each line has its commit, where it can be repeated; here these are refused. This file is not for
+speed: bench_*.py measure that.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
 RESULTS = HERE / "results.jsonl"
 SWEEPS = HERE / "sweeps.jsonl"  # of one's own; not committed
 
@@ -59,7 +60,7 @@ PRESENT = (
 )
 RATE = 0.01  # the learning rate of PRESENT; Muon's goes with it
 FULL = "--lateral=False --decoder_self_attention=True --shared_kv=False"  # the canonical stacks
-MODELS = {  # settings and peer of the first table's models; those below the line are smaller
+MODELS = {  # settings and peer of the first table's models
     "GPT": ("--arch=decoder_only --n_layer=3 --n_embd=96", ""),
     "GPT, GQA": ("--arch=decoder_only --n_layer=3 --n_embd=100", "gqa()"),
     "canonical": (f"{FULL} --n_embd=76", ""),
@@ -67,12 +68,17 @@ MODELS = {  # settings and peer of the first table's models; those below the lin
     "lean, shared_kv": ("--n_embd=84", ""),
     "serial": (f"{FULL} --n_embd=76", "lag(2)"),
     "YOCO": ("--n_embd=84 --shared_kv=False", "yoco()"),
-    # as cheap a prompt as that of lean, shared_kv
+    # and two whose prompts cost as much as those of lean, shared_kv
     "GPT, 84 wide": ("--arch=decoder_only --n_layer=3 --n_embd=84", ""),
     "GPT, 2 layers": ("--arch=decoder_only --n_layer=2 --n_embd=116", ""),
 }
 # The best of three factors of RATE, by `rates`; 1 where none is named.
 RATES = {"GPT": 1.6, "lean, shared_kv": 1.6, "GPT, 2 layers": 1.6}
+
+
+def tuned(name: str) -> str:
+    """The settings of one of MODELS, at its learning rate."""
+    return f"{PRESENT} {MODELS[name][0]} --learning_rate={RATES.get(name, 1) * RATE:g}"
 
 
 def rates() -> Iterator[dict]:
@@ -87,9 +93,8 @@ def rates() -> Iterator[dict]:
 def glance() -> Iterator[dict]:
     """Does it beat a plain GPT, or other ways to a cheap prompt? No difference to a plain GPT was
     found at equal parameters; GPTs whose prompts cost as much are behind."""
-    for name, (settings, peer) in MODELS.items():
-        rate = f"--learning_rate={RATES.get(name, 1) * RATE:g}"
-        yield run(name, f"{PRESENT} {settings} {rate}", 5, peer)
+    for name, (_, peer) in MODELS.items():
+        yield run(name, tuned(name), 5, peer)
 
 
 def lag() -> Iterator[dict]:
@@ -122,16 +127,14 @@ def passes() -> Iterator[dict]:
             steps = 15 * length // (12 * 64)
             how = f"--dataset=shakespeare_first_{length} --max_iters={steps} --eval_iters=50 "
             how += f"--lr_decay_iters={steps} --eval_interval={steps // 8}"
-            how += f" --learning_rate={RATES[model] * RATE:g} {MODELS[model][0]}"
             for way in ways if length == 50_000 else few:
-                yield run(f"{model}, {length:,}, {way}", f"{PRESENT} {how} {ways[way]}", 3)
+                yield run(f"{model}, {length:,}, {way}", f"{tuned(model)} {how} {ways[way]}", 3)
 
 
 def works() -> Iterator[dict]:
     """Does the first table hold on the complete works, four times as long? Not measured yet."""
-    for name, (settings, peer) in MODELS.items():
-        rate = f"--learning_rate={RATES.get(name, 1) * RATE:g} --dataset=shakespeare_works"
-        yield run(name, f"{PRESENT} {settings} {rate}", 3, peer)
+    for name, (_, peer) in MODELS.items():
+        yield run(name, f"{tuned(name)} --dataset=shakespeare_works", 3, peer)
 
 
 def curve() -> Iterator[dict]:
@@ -292,7 +295,6 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
         *evaluations, whole = map(json.loads, log)
         found = {}
         if not peer:  # whose checkpoint need not fit
-            sys.path.insert(0, str(ROOT))
             from checkpoint import load_checkpoint  # here: the tables need the grids, but no torch
             from view import estimate_mfu
 
@@ -312,22 +314,26 @@ def train(settings: str, peer: str, analyse: bool, seed: int) -> dict:
         "train_loss": last["train_loss"],
         **{name: value for name, value in whole.items() if name not in ("iter", "seconds")},
         **per_block,
-        **costs(settings, peer),
         "curve": [[row["iter"], row["val_loss"]] for row in evaluations],
         "seconds": whole["seconds"],
         **found,
     }
 
 
+def data_set(settings: str) -> Path:
+    """The folder of the data set that they name."""
+    named = re.findall(r"--dataset=(\S+)", settings)
+    return ROOT / "data" / (named[-1] if named else "shakespeare_char")
+
+
 def ready(settings: str) -> None:
     """Makes the data set that they name, if it is missing: the first characters of tinyshakespeare
     before the whole validation split, or the complete works."""
-    name = re.search(r"--dataset=(\S+)", settings)
-    folder, source = ROOT / "data" / (name[1] if name else ""), ROOT / "data/shakespeare_char"
-    if not name or folder.exists():
+    folder, source = data_set(settings), ROOT / "data/shakespeare_char"
+    if folder.exists():
         return
     with tempfile.TemporaryDirectory(dir=ROOT / "data") as made:
-        if first := re.fullmatch(r"shakespeare_first_(\d+)", name[1]):
+        if first := re.fullmatch(r"shakespeare_first_(\d+)", folder.name):
             meta = json.loads((source / "meta.json").read_text("utf-8"))
             meta["tokens"]["train"] = int(first[1])
             ids = (source / "train.bin").read_bytes()[: 2 * int(first[1])]
@@ -335,18 +341,18 @@ def ready(settings: str) -> None:
             shutil.copy(source / "val.bin", made)
             Path(made, "meta.json").write_text(json.dumps(meta), "utf-8")
             shutil.copytree(made, folder)
-        elif name[1] == "shakespeare_works":
-            sys.path.insert(0, str(ROOT))
-            import prepare_shakespeare
+        elif folder.name == "shakespeare_works":
+            from prepare_shakespeare import fetch_complete_works
 
-            Path(made, "works.txt").write_bytes(prepare_shakespeare.fetch_complete_works())
-            prepare_shakespeare.prepare("char", str(Path(made, "works.txt")), name[1], None)
+            text = Path(made, "works.txt")
+            text.write_bytes(fetch_complete_works())
+            how = [f"--input_file={text}", f"--dataset={folder.name}"]
+            subprocess.run([sys.executable, "prepare_shakespeare.py", *how], cwd=ROOT, check=True)
 
 
 def costs(settings: str, peer: str) -> dict:
     """Operations for each token of a prompt of block_size - 1 tokens, and for the one behind it, as
     torch counts them, attention in full; and the cache's bytes for each token."""
-    sys.path[:0] = [str(HERE), str(ROOT)]
     import torch
     from measuring import fields_of, settings_of
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -355,7 +361,8 @@ def costs(settings: str, peer: str) -> dict:
     import ablations
     import model as model_py
 
-    fields = fields_of(settings_of(*settings.split())) | {"vocab_size": 65}
+    meta, fields = data_set(settings) / "meta.json", fields_of(settings_of(*settings.split()))
+    fields["vocab_size"] = json.loads(meta.read_text("utf-8"))["vocab_size"]
     with ablations.restored():
         ablations.apply(ablations.read(peer) if peer else ())
         model = model_py.ParallelEncoderDecoder(model_py.ModelConfig(**fields)).eval()
@@ -419,7 +426,7 @@ def work_off(asked: dict[str, list[dict]], path: Path, options: argparse.Namespa
         {"question": question, **each, "seed": seed}
         for question, runs in asked.items() for each in runs for seed in each["seeds"]
         if options.name in (None, each["name"]) and options.seed in (None, seed)
-        and (path == SWEEPS or options.peer in (None, each["peer"]))
+        and options.peer in (None, each["peer"])
     ]  # fmt: skip
     if not jobs:
         names = ", ".join(dict.fromkeys(each["name"] for runs in asked.values() for each in runs))
@@ -432,15 +439,19 @@ def work_off(asked: dict[str, list[dict]], path: Path, options: argparse.Namespa
     if mixed := {job["question"] for job in jobs} & earlier:
         print(f"{', '.join(sorted(mixed))}: measured with an earlier layer; nothing is run")
         jobs = [job for job in jobs if job["question"] not in mixed]
-    for job in jobs:
-        ready(job["settings"])
+    models = {(job["settings"], job["peer"]) for job in jobs}
+    for settings, _ in models:
+        ready(settings)
+    # Before the threads: an ablation changes model.py for the whole process.
+    cost = {key: costs(*key) for key in models}
     lock = threading.Lock()
 
     def work(number: int) -> None:
         job = {name: value for name, value in jobs[number].items() if name != "seeds"}
         version = commit()
         figures = train(job["settings"], job["peer"], job["analyse"], job["seed"])
-        row = {**job, "commit": version, "format": FORMAT, **figures}
+        cost_of = cost[job["settings"], job["peer"]]
+        row = {**job, "commit": version, "format": FORMAT, **cost_of, **figures}
         with lock, open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         on = f", experts on {row['experts_on']:.1%}" if "experts_on" in row else ""
@@ -480,8 +491,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="the questions, and what they cost")
     parser.add_argument("--name", help="only the runs of this name")
     parser.add_argument("--seed", type=int, help="only the runs with this seed")
-    parser.add_argument("--peer", default=None, help="only the runs with this ablation; of a "
-                        "sweep: the ablation of all its runs")  # fmt: skip
+    parser.add_argument(
+        "--peer", help="only the runs with this ablation; of a sweep: that of all its runs"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of a sweep: 1 to this number (3)")
     parser.add_argument(
         "--repeat", type=int, metavar="LINE", help=f"runs a line of {RESULTS.name} again"
@@ -495,8 +507,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sys.exit(f"there is no question {unknown[0]!r}{hint} (all: {', '.join(QUESTIONS)})")
     if len(options.sweep) > 1 or (options.sweep and names):
         sys.exit(f"{options.questions}: a sweep is one argument, alone; put it in quotes")
-    if options.seeds < 1:
-        sys.exit(f"--seeds={options.seeds}: must be at least 1")
+    if not 1 <= options.seeds <= 10:  # tables.T_975 ends there
+        sys.exit(f"--seeds={options.seeds}: must be at least 1, and at most 10")
     return options
 
 

@@ -62,7 +62,8 @@ def mean(rows: list[dict], field: str = "val_loss") -> float:
 
 
 # Student's t at 97.5 %, by the number of values: scipy.stats.t.ppf(0.975, n - 1)
-T_975 = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645, 6: 2.57058, 7: 2.44691, 8: 2.36462}
+T_975 = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645, 6: 2.57058}
+T_975 |= {7: 2.44691, 8: 2.36462, 9: 2.30600, 10: 2.26216}
 
 
 def interval(values: list[float]) -> float:
@@ -95,6 +96,12 @@ def verdict(values: list[float]) -> str:
     if abs(mean) > half:
         return "worse" if mean > 0 else "better"
     return "as good" if abs(mean) + half <= 0.01 else "no difference found"
+
+
+def judged(rows: list[dict], base: list[dict]) -> tuple[str, str]:
+    """The difference to a base, and the verdict; nothing of the base itself, or without one."""
+    deltas = [] if rows is base else differences(rows, base)
+    return (with_interval(deltas, 3, "+z"), verdict(deltas)) if deltas else ("", "")
 
 
 def percent(share: float | None) -> str:
@@ -348,11 +355,11 @@ def glance() -> str:
     heads += "| cache, bytes: | layers on the critical path:"
     lines = []
     for name, rows in found.items():
-        first, deltas = rows[0], differences(rows, found["GPT"])
+        first = rows[0]
         depth = re.search(r"decoder_only --n_layer=(\d)", first["settings"])
         lines.append((
             name, f"{first['parameters']:,}", f"{mean(rows):.3f}",
-            *(("", "") if name == "GPT" else (with_interval(deltas, 3, "+z"), verdict(deltas))),
+            *judged(rows, found["GPT"]),
             f"{first['prompt_flops']:,.0f}", f"{first['token_flops']:,.0f}",
             f"{first['cache_bytes']:,}", depth[1] if depth else str(path[name]),
         ))  # fmt: skip
@@ -366,12 +373,10 @@ def lag() -> str:
         depth, what = name.split(", ", 1)
         L, k = int(depth[0]), re.match(r"lag (\d)(.*)", what)
         path = min(L + 1 + int(k[1]), 2 * L) if k else 2 * L
-        base = found.get(f"{depth}, lag 0{k[2] if k else ''}")
-        deltas = differences(rows, base or [])
-        is_base = not deltas or rows is base
+        base = found.get(f"{depth}, lag 0{k[2] if k else ''}", [])
         lines.append((
             name, f"{rows[0]['parameters']:,}", str(path), str(len(rows)), f"{mean(rows):.3f}",
-            *(("", "") if is_base else (with_interval(deltas, 3, "+z"), verdict(deltas))),
+            *judged(rows, base),
         ))  # fmt: skip
     heads = "| parameters: | layers on the critical path: | seeds: | loss: | to lag 0: |"
     return markdown(heads, lines)
@@ -381,11 +386,10 @@ def sizes() -> str:
     """Models of several sizes, each beside the GPT of its size."""
     found, lines = runs("sizes"), []
     for name, rows in found.items():
-        deltas = differences(rows, found.get(f"GPT, {name.rpartition(', ')[2]}", []))
-        is_base = not deltas or name.startswith("GPT")
+        base = found.get(f"GPT, {name.rpartition(', ')[2]}", [])
         lines.append((
             name, f"{rows[0]['parameters']:,}", str(len(rows)), f"{mean(rows):.3f}",
-            *(("", "") if is_base else (with_interval(deltas, 3, "+z"), verdict(deltas))),
+            *judged(rows, base),
         ))  # fmt: skip
     return markdown("| parameters: | seeds: | loss: | to GPT: |", lines)
 

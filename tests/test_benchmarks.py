@@ -5,8 +5,6 @@ import json
 
 import pytest
 
-from configurator import UNDO
-
 LEAN, GPT, GPT2 = "lean, shared_kv", "GPT", "Hugging Face GPT-2"
 SAME = {"lean, in series", "lean, two streams", "lean, in pairs"}  # its weights, in another order
 
@@ -72,7 +70,6 @@ def test_the_profile_of_a_step(capsys, monkeypatch):
     monkeypatch.setattr(profile_step.torch, "set_num_threads", lambda n: None)
     sizes = ["--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=2"]
     profile_step.main(["config/shakespeare_char.py", *sizes], steps=10)
-    UNDO.close()
     first, *parts, whole, shares, calls = capsys.readouterr().out.splitlines()
     assert first.endswith("threads") and "--n_embd=32 " in first
     assert [part.split("  ")[0] for part in parts] == list(profile_step.PARTS)

@@ -10,7 +10,6 @@ import run
 from run import PRESENT
 
 import tables
-from common import ROOT
 from prepare_shakespeare import load_data
 
 
@@ -35,7 +34,7 @@ def trained(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     meta = tmp_path / "data/shakespeare_char/meta.json"
     meta.parent.mkdir(parents=True)
-    meta.write_text('{"source": "tinyshakespeare"}', "utf-8")
+    meta.write_text('{"source": "tinyshakespeare", "vocab_size": 65}', "utf-8")
     monkeypatch.setattr(tables, "read", lambda name: run.read_rows(run.RESULTS))
     return calls
 
@@ -74,9 +73,9 @@ def test_a_question_is_asked_once_and_prints_its_table_each_time(trained, monkey
 
 
 def test_a_sweep_of_ones_own(trained, capsys):
-    settings = "config/canonical.py --n_layer=2,3 --dropout=0.1,0.2 --seed_text=x"
+    settings = "config/canonical.py --n_layer=2,3 --dropout=0.1,0.2 --bias=True"
     run.main([settings, "--seeds=2", "--peer=lag(1)"])
-    fixed = [f"config/canonical.py --n_layer={n} --dropout=0.{d} --seed_text=x"
+    fixed = [f"config/canonical.py --n_layer={n} --dropout=0.{d} --bias=True"
              for n in (2, 3) for d in (1, 2)]  # fmt: skip
     assert sorted(trained) == sorted((f, "lag(1)", seed) for f in fixed for seed in (1, 2))
     last = capsys.readouterr().out.splitlines()[-1]
@@ -104,6 +103,7 @@ def test_repeat_says_whether_the_loss_is_equal(trained, monkeypatch, capsys):
         (["lagg"], r"no question 'lagg'; did you mean lag\? \(all: rates, "),
         (["lag", "config/canonical.py"], "a sweep is one argument, alone"),
         (["config/canonical.py", "--seeds=0"], "--seeds=0: must be at least 1"),
+        (["config/canonical.py", "--seeds=11"], "--seeds=11: must be .* at most 10"),
         (["lag", "--name=lag"], "no run has this name, seed and peer; the names are: 2"),
         (["--repeat=7"], "--repeat=7: must be a line of results.jsonl, 1 to 0"),
     ],
@@ -128,6 +128,7 @@ def test_runs_of_an_earlier_layer_are_not_mixed_with_new_ones(trained, monkeypat
     assert not trained
 
 
+@pytest.mark.usefixtures("trained")
 def test_costs_by_hand():
     """Two operations a weight and token; of an attention 4 C for each pair of positions."""
     T, C, V, L = 63, 84, 65, 2
@@ -203,4 +204,3 @@ def test_help(capsys):
         run.main(["--help"])
     printed = capsys.readouterr().out
     assert end.value.code == 0 and "--repeat LINE" in printed and "a sweep of your own" in printed
-    assert (ROOT / "experiments/run.py").exists()

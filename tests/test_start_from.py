@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import view
 from checkpoint import load, load_checkpoint
 from common import call, evaluations, press_ctrl_c, weights
 from prepare_shakespeare import load_data, prepare
@@ -211,7 +212,8 @@ def whole_loss(folder, dataset):
     return total / (len(val) - 1)
 
 
-def test_a_run_closes_with_the_checkpoint_that_it_keeps(overfitted, monkeypatch, capsys):
+def test_a_run_closes_with_the_checkpoint_that_it_keeps(overfitted, quicker, monkeypatch, capsys):
+    monkeypatch.setattr(view, "SAMPLED", quicker)  # as without the tests
     rows = evaluations(overfitted / "out")
     measured = {row["iter"]: row["val_loss"] for row in rows[1:] if "val_loss" in row}
     best = min(measured, key=measured.get)
@@ -229,7 +231,7 @@ def test_a_run_closes_with_the_checkpoint_that_it_keeps(overfitted, monkeypatch,
     assert risen in printed
     model, tokenizer = load(overfitted / "again", device="cpu")
     torch.manual_seed(1337)
-    drawn = model.generate(torch.tensor([tokenizer.encode("\n")]), 30, 0.8, top_k=200)
+    drawn = model.generate(torch.tensor([tokenizer.encode("\n")]), 300, 0.8, top_k=200)
     assert f"A sample:\n{tokenizer.decode(drawn[0].tolist())}\n" in printed
 
 
