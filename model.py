@@ -1,6 +1,6 @@
 """A language model of two stacks that advance side by side: the parallel encoder-decoder.
 
-The encoder is to understand the text so far, the decoder to predict the next token. Both are causal
+The encoder is meant to understand the text, the decoder to predict the next token. Both are causal
 and read the same tokens. Layer l of the decoder attends to e_l, what layer l of the encoder made:
 
     for each layer:   e = e + attention(e)            d = d + attention(d)         optional
@@ -8,7 +8,8 @@ and read the same tokens. Layer l of the decoder attends to e_l, what layer l of
                                                       d = d + feed-forward(d)
 
 Notable:
-- Encoder layer l + 1 and decoder layer l are independent: run at once (not here), L + 1 steps do.
+- Encoder layer l + 1 and decoder layer l are independent: side by side (not in this file) the
+  critical path is L + 1 layers, not 2 L.
 - Where no later token reads a state of the decoder (no decoder self-attention, and no router that
   reads the decoder), a prompt costs the encoder alone.
 - Experts: a learned mask switches groups of hidden units off, per token ("learned dropout").
@@ -49,11 +50,11 @@ class ModelConfig:
     token_shift: bool = False  # add s * the embedding of the token before; s (C,) is learned
     lateral: bool = False  # d starts from E; before its layer l, d = d + (e_l - e_{l-1})
     decoder_self_attention: bool = True  # False: the decoder reads the past through e alone
-    shared_kv: bool = False  # keys and values of e_l serve decoder layer l, encoder layer l + 1
+    shared_kv: bool = False  # K, V of LN(e_l), one LN, serve decoder layer l, encoder layer l + 1
     # learned dropout
     n_expert: int = 0  # G, experts in each feed-forward block; 0: no learned dropout
     expert_site: str = "hidden"  # mask the 4 C hidden units; or output: the C outputs of a block
-    router_input: str = "hidden"  # the block's x (site output: its output); encoder: LN(e) for d's
+    router_input: str = "hidden"  # the block's x (site output: its output); encoder: LN(e), in d
     router_n_head: int = 1
     router_head_dim: int = 16  # of queries and keys; values have G / router_n_head
     shift_init: float = 0.0  # 0: m starts near 1, all experts on; pi: all off
@@ -117,11 +118,11 @@ WithMask = tuple[Tensor, Mask | None]  # what a block or a layer returns; None w
 KV = tuple[Tensor, Tensor, Tensor | None]
 
 
-def attend(q: Tensor, kv: KV, dropout: float = 0.0, one_each: bool = True) -> Tensor:
-    """Causal multi-head attention of q (B, H, T, D) to kv: (B, T, H D). The queries are of the last
-    T tokens, one each; or, with one_each=False, all of the newest token, which sees every key."""
+def attend(q: Tensor, kv: KV, dropout: float = 0.0, causal: bool = True) -> Tensor:
+    """Multi-head attention of q (B, H, T, D) to kv: (B, T, H D). The queries are of the last T
+    tokens, and see none that follow; with causal=False all are of the newest, and see every key."""
     (k, v, mask), T, S = kv, q.size(2), kv[0].size(2)
-    mask, causal = None if mask is None else mask[-T:], bool(one_each and mask is None and T > 1)
+    mask, causal = None if mask is None else mask[-T:], bool(causal and mask is None and T > 1)
     if causal and T != S:  # several tokens behind a cache
         mask, causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T), False
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
@@ -141,7 +142,7 @@ def heads(x: Tensor, n_head: int, qk_norm: bool = False, rotation: Tensor | None
 
 
 def stacked(n_in: int, sizes: tuple[int, ...], bias: bool) -> nn.Linear:
-    """Several matrices of one input as one Linear; by `sizes`, their rows, muon.py splits them."""
+    """Several matrices of one input as one Linear. `sizes`, their rows, tell muon.py the parts."""
     linear = nn.Linear(n_in, sum(sizes), bias=bias)
     linear.sizes = sizes
     return linear
@@ -211,10 +212,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, kv: KV | None, context: Context, one: bool = False) -> Tensor:
-        """(B, T, C); with `one` (B, 1, C), of the last query alone."""
+    def forward(self, x: Tensor, kv: KV | None, context: Context, last: bool = False) -> Tensor:
+        """(B, T, C); with `last` (B, 1, C), of the last query alone."""
         kv = self.key_value(x, context) if kv is None else kv
-        q = self.queries(x[:, -1:] if one else x, context)
+        q = self.queries(x[:, -1:] if last else x, context)
         return self.output(attend(q, kv, self.dropout.p if self.training else 0.0))
 
     def queries(self, x: Tensor, context: Context) -> Tensor:
@@ -255,10 +256,7 @@ class FeedForward(nn.Module):
         self.router = Router(config) if config.n_expert > 0 else None
 
     def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | None = None,
-        context: Context = Context(),  # noqa: B008
+        self, x: Tensor, memory: Tensor | None = None, context: Context = Context()
     ) -> WithMask:
         """x (B, T, C) to (B, T, C). The router reads x (site `output`: W2's output); with
         router_input="encoder" a decoder layer's reads `memory` (B, S, C)."""
@@ -343,8 +341,8 @@ class EncoderLayer(nn.Module):
         self.ff = FeedForward(config)
 
     def forward(self, e: Tensor, kv: KV | None, context: Context) -> WithMask:
-        one = context.last and self.ff.router is None  # a router reads all positions
-        y = self.attention(self.ln_attention(e), kv, context, one)
+        last = context.last and self.ff.router is None  # a router reads all positions
+        y = self.attention(self.ln_attention(e), kv, context, last)
         e = tail(e, y) + y
         y, mask = self.ff(self.ln_ff(e), None, context)
         return tail(e, y) + y, mask
@@ -373,8 +371,8 @@ class DecoderLayer(nn.Module):
     def self_attention(self, d: Tensor, context: Context) -> Tensor:
         if self.attention is None:
             return d
-        one = context.last and (self.ff.router is None or self.ff.router_input == "encoder")
-        y = self.attention(self.ln_attention(d), None, context, one)  # a router of d reads all
+        last = context.last and (self.ff.router is None or self.ff.router_input == "encoder")
+        y = self.attention(self.ln_attention(d), None, context, last)  # a router of d reads all
         return tail(d, y) + y
 
 
@@ -387,7 +385,7 @@ class Stacks(NamedTuple):
 
 
 class ParallelEncoderDecoder(nn.Module):
-    """Two stacks between a tied embedding and output layer; as "decoder_only" a plain GPT."""
+    """Two stacks between a tied embedding and output layer; or a plain GPT, of EncoderLayers."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -415,6 +413,7 @@ class ParallelEncoderDecoder(nn.Module):
         """Weights of each Linear with std 0.02; over sqrt(n) where a residual stream adds up n
         outputs, as in GPT-2. Biases 0. LayerNorms except ln_out, and shifts, are left as made."""
         c = self.config
+        # With lateral the outputs of the encoder enter d, too.
         of_d = 2 if c.arch == "decoder_only" else 2 + c.decoder_self_attention + 2 * c.lateral
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -448,14 +447,14 @@ class ParallelEncoderDecoder(nn.Module):
         if masks:
             c, every = self.config, Mask(*map(torch.stack, zip(*masks, strict=True)))
             mean = {name: x.mean() for name, x in mask_statistics(every, c.l1_norm).items()}
-            weights = {"entropy": c.entropy_weight, "l1": c.l1_weight}  # 0: no backward pass
-            penalty = sum(weight * mean[name] for name, weight in weights.items() if weight)
+            weights = {"entropy": c.entropy_weight, "l1": c.l1_weight}
+            penalty = sum(w * mean[name] for name, w in weights.items() if w)  # 0 costs nothing
             loss = loss + penalty_scale * penalty
             metrics |= {name: x.detach() for name, x in mean.items()}
         return ModelOutput(logits, loss, metrics)
 
     def step(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """The logits (B, 1, V) of what follows idx (B, T). With a cache, under torch.no_grad."""
+        """The logits (B, 1, V) of what follows idx (B, T). A cache is filled: use torch.no_grad."""
         d = self.stacks(idx, cache, last=True).d[-1]
         return F.linear(self.ln_out(d[:, -1:]), self.tok_emb.weight)
 
@@ -474,17 +473,18 @@ class ParallelEncoderDecoder(nn.Module):
             routes_d = c.n_expert > 0 and c.router_input == "hidden"  # routers read all of d
             e, d = x, (x if c.decoder_self_attention or routes_d or not last else x[:, -1:])
             d = d if c.lateral else self.w_in(d)
-            all_e, all_d, masks, before = [e], [d], [], e
+            all_e, all_d, masks, previous_e = [e], [d], [], e
+            one_token = last and cache is not None and idx.size(1) == 1  # decoding
             for k in range(L + 1):  # makes d_k (k > 0) of e_k and d_{k-1}, and e_{k+1} of e_k
                 if k > 0 or c.shared_kv:
                     memory = self.ln_memory[f"e{k}"](e)
                     kv = self.key_value[f"e{k}"](memory, usual)  # if shared, also of encoder[k]
                 if k > 0 and c.lateral:
-                    d = d + (tail(e, d) - tail(before, d))
-                before = e
-                if 0 < k < L and c.shared_kv and last and cache is not None and idx.size(1) == 1:
+                    d = d + (tail(e, d) - tail(previous_e, d))
+                previous_e = e
+                if 0 < k < L and c.shared_kv and one_token:
                     d, e = self._pair(k, d, e, memory, kv, usual)
-                    continue  # decoding a token: no states and masks are kept
+                    continue  # of these layers no states and masks are kept
                 if k > 0:
                     d, mask = self.decoder[k - 1](d, memory, kv, final if k == L else usual)
                     all_d, masks = [d] if last else [*all_d, d], [*masks, mask]
@@ -504,7 +504,7 @@ class ParallelEncoderDecoder(nn.Module):
         d = dec.self_attention(d, context)
         of_d = dec.cross_attention.queries(dec.ln_cross(d), context)
         of_e = enc.attention.queries(enc.ln_attention(e), context)
-        y = attend(torch.cat([of_d, of_e], dim=2), kv, one_each=False)
+        y = attend(torch.cat([of_d, of_e], dim=2), kv, causal=False)
         d, e = d + dec.cross_attention.output(y[:, :1]), e + enc.attention.output(y[:, 1:])
         d = d + dec.ff(dec.ln_ff(d), memory, context)[0]
         return d, e + enc.ff(enc.ln_ff(e), None, context)[0]

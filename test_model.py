@@ -603,7 +603,7 @@ def test_attend_sees_the_past_and_one_token_may_ask_twice():
     whole = attend(q, (k, v, None))
     torch.testing.assert_close(attend(q[:, :, -3:], (k, v, None)), whole[:, -3:])
     torch.testing.assert_close(attend(q[:, :, -1:], (k, v, None)), whole[:, -1:])
-    pair = attend(q[:, :, -2:], (k, v, None), one_each=False)  # both at the last position
+    pair = attend(q[:, :, -2:], (k, v, None), causal=False)  # both at the last position
     torch.testing.assert_close(pair[:, 1], whole[:, -1])
     alone = attend(q[:, :, -2:-1], (k, v, None))
     torch.testing.assert_close(pair[:, 0], alone[:, 0])

@@ -52,7 +52,7 @@ dataset = "shakespeare_char"  # the folder below data/; prepare_shakespeare.py m
 gradient_accumulation_steps = 1  # micro-batches per iteration, over all processes together
 batch_size = 12  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
-# model: the fields of ModelConfig in model.py, where each is explained
+# model: the fields of ModelConfig in model.py; the canonical layer, where the presets set lean
 arch = "parallel"  # or decoder_only
 n_layer = 6  # of each stack
 n_head = 6
@@ -256,7 +256,7 @@ def not_finite(what: str, loss: float, may_pass: bool = False) -> None:
     line = f"iter {iter_num}: the {what} is not finite (loss {loss:.4g}, gradient norm "
     line += f"{norm:.4g}, learning rate {lr:.3g})"
     if not may_pass:
-        how = "lower --learning_rate" + " or --muon_lr_ratio" * (optimizer == "muon")
+        how = "lower --learning_rate" + (" or --muon_lr_ratio" if optimizer == "muon" else "")
         how = how if iter_num > max(0, resumed_at) else "no step was made: look at its weights"
         end_run(f"{line}; what was saved is as it was; {how}")
     print(f"{line}; step skipped")
@@ -265,9 +265,9 @@ def not_finite(what: str, loss: float, may_pass: bool = False) -> None:
 # Where the run is: at its start, or where the checkpoint has it.
 run = checkpoint.NEW | (saved if saved and (resumes or eval_only) else {})
 iter_num, start_seconds = run["iter_num"], run["seconds"]
-best = (run["best_val_loss"], run.get("best_iter", 0))  # the validation loss and its iteration,
-measured = [zlib.crc32(data["val"]), eval_iters, batch_size, block_size, seed]  # measured on this
-saved_is_best, decisions = run["is_best"], run.get("decisions")  # which experts were on
+best = (run["best_val_loss"], run.get("best_iter", 0))  # the validation loss, and its iteration
+measured = [zlib.crc32(data["val"]), eval_iters, batch_size, block_size, seed]  # what it stands for
+saved_is_best, decisions = run["is_best"], run.get("decisions")  # decisions: which experts were on
 resumed_at = saved_iter = iter_num if resumes and not eval_only else -1
 if best[0] < math.inf and run.get("measured", measured) != measured and evaluates and not eval_only:
     now, (raw_model, kept) = raw_model, checkpoint.load_best(path, saved_is_best)
@@ -277,9 +277,9 @@ if best[0] < math.inf and run.get("measured", measured) != measured and evaluate
 if not eval_only:
     log.start(settings, iter_num if resumes else None)
 size = f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}"
-times = f", reads the text {max_iters * tokens_per_iter / len(data['train']):.1f} times"
-times *= not (max_seconds or eval_only)
-print(f"{size}, {tokens_per_iter:,} tokens per iteration{times}")
+passes = f", reads the text {max_iters * tokens_per_iter / len(data['train']):.1f} times"
+passes = "" if max_seconds or eval_only else passes
+print(f"{size}, {tokens_per_iter:,} tokens per iteration{passes}")
 estimate_mfu(raw_model, 1, 1)  # measures the machine's peak, before the clock starts
 signals, losses = [] if eval_only else runtime.catch_signals(), {}  # of the last evaluation
 start = last = time.perf_counter()
@@ -289,7 +289,7 @@ while True:
     # Where the schedules are: at this iteration, or as far as the time is spent.
     schedule_iter = max_iters * min(1.0, seconds / max_seconds) if max_seconds else iter_num
     lr, penalty_scale = get_lr(schedule_iter), get_penalty_scale(schedule_iter)
-    finished = eval_only or schedule_iter >= max_iters or 0 < max_seconds <= seconds
+    finished = eval_only or schedule_iter >= max_iters
 
     # Evaluate, and save.
     due = (finished or iter_num % eval_interval == 0) and iter_num != resumed_at

@@ -12,4 +12,4 @@ l1_norm = "squared"
 l1_weight = 0.05
 penalty_schedule = "exponential"
 
-on_cpu = {"max_iters": 1800}  # a step takes a quarter longer: the same time
+on_cpu = {"max_iters": 1800}  # a step takes longer: somewhat less time

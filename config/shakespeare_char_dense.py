@@ -1,4 +1,4 @@
-# Characters of Shakespeare, without experts. Presets but shakespeare_bpe.py begin with this one.
+# Characters of Shakespeare, without experts. All presets but shakespeare_bpe.py build on it.
 # On a CUDA GPU the size of nanoGPT's character-level setting; elsewhere what a search chose for two
 # minutes on 2 cores: docs/results.md, "The recipe".
 

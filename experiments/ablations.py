@@ -244,7 +244,7 @@ def gqa() -> Classes:
                 return self.output(attend(q, kv, dropout))
             # The two queries of a group go side by side, so that its keys are read once.
             q = q.view(len(q), 2, -1, q.size(-1)).transpose(1, 2)  # (B, H / 2, 2, D)
-            y = attend(q, (k, v, mask), dropout, one_each=False)  # (B, 2, C / 2)
+            y = attend(q, (k, v, mask), dropout, causal=False)  # (B, 2, C / 2)
             return self.output(y.flatten(1)[:, None])
 
     return KeyValueProjection, Attention, needs(arch="decoder_only")

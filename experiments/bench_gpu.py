@@ -13,7 +13,7 @@ rounds is not counted. A time is the median over the rounds; speed is the median
 the model's within a round.
 
 Models have equal widths, and by their layers equal parameters within 5 %. So heads are 64 wide, as
-fused attention likes them. They are those of bench_inference.py: lean, shared_kv with 6 + 6 layers;
+fused attention likes them. They are those of bench_inference.py: lean with 6 + 6 layers;
 GPT and Hugging Face GPT-2 with 11; GPT, GQA with 12; canonical with 6 + 6, 7/8 as wide, as its
 heads are.
 
@@ -31,7 +31,7 @@ Then the ways to do without launching kernels one by one:
   cache through a mask.
 - graph, fixed length: the same without a mask. It cannot sample; it shows what the mask costs.
 - compiled: as by `compile_step`; compiled, graph: that as one CUDA graph.
-Four models of the ways have the same weights: lean, shared_kv, in which encoder layer l + 1 and
+Four models of the ways have the same weights: lean, in which encoder layer l + 1 and
 decoder layer l share one attention; in pairs, they share their matrix products, too; in series, the
 encoder and then the decoder; two streams, each stack on its own CUDA stream. lag(6) is the
 ablation, with keys and values of its own: 7 % larger.
@@ -181,7 +181,7 @@ class InPairs(ParallelEncoderDecoder):
     def pair(self, k: int, x: Tensor, kv: KV, rotation: Tensor) -> Tensor:
         q = self.normalised("ln_attention", k, x) @ getattr(self, f"query_{k}")
         q = model_py.heads(q.transpose(0, 1), self.config.n_head, rotation=rotation)
-        y = model_py.attend(q, kv, one_each=False).transpose(0, 1)
+        y = model_py.attend(q, kv, causal=False).transpose(0, 1)
         x = torch.baddbmm(x, y, getattr(self, f"proj_{k}"))
         h = F.gelu(self.normalised("ln_ff", k, x) @ getattr(self, f"w1_{k}"))
         return torch.baddbmm(x, h, getattr(self, f"w2_{k}"))

@@ -11,8 +11,8 @@ the same noise. The first of six rounds is not counted. A time is the median ove
 ratio the median of the ratios within a round.
 
 prompt and decode compare models of equal parameters, all with a vocabulary of 65:
-- lean, shared_kv: lateral, without decoder self-attention, shared keys and values; 6 + 6 layers
-- lean: the same, but each layer of a stack has keys and values of its own
+- lean: lateral, without decoder self-attention, shared keys and values; 6 + 6 layers
+- lean, own keys and values: the same, but each layer of a stack has its own
 - canonical: 6 + 6 layers with none of these
 - GPT: arch="decoder_only", 12 layers
 - GPT, in full: the same, but its last layer computes every position of a prompt, not only the last
@@ -35,7 +35,7 @@ without guards, which is safe only while the number of texts and the size of the
 same. Compiling is not timed with the rest, and takes less where torch has compiled the same before.
 One by one is one text with `use_cache=False`, times the number of texts.
 
-experts: lean, shared_kv, whose routers read the encoder, with random masks that have a given number
+experts: lean, whose routers read the encoder, with random masks that have a given number
 of 16 experts on. Experts that are off are skipped, or all are computed and masked. Sampling the
 masks is in both. By the rule: FeedForward.skips decides. Ideal is the speed-up if time went with
 the bytes of weights that are read (decoding), or with the products with weights (a prompt).
@@ -92,7 +92,7 @@ CHARACTERS = 500
 
 
 class Size(NamedTuple):
-    width: int  # of lean, shared_kv; peers get as many parameters
+    width: int  # of lean; peers get as many parameters
     n_head: int
     n_layer: int  # of each stack; a GPT has twice as many
 
@@ -115,12 +115,12 @@ def in_full() -> Classes:
     return (ParallelEncoderDecoder,)
 
 
-LEAN, GPT, GPT_IN_FULL, GPT2 = "lean, shared_kv", "GPT", "GPT, in full", "Hugging Face GPT-2"
+LEAN, GPT, GPT_IN_FULL, GPT2 = "lean", "GPT", "GPT, in full", "Hugging Face GPT-2"
 DECODER_ONLY = dict(arch="decoder_only")
 LATERAL = dict(lateral=True, decoder_self_attention=False)
 OURS: dict[str, tuple[Callable[[], Classes], dict]] = {  # what changes model.py, and fields
     LEAN: (tuple, LATERAL | dict(shared_kv=True)),
-    "lean": (tuple, LATERAL),
+    "lean, own keys and values": (tuple, LATERAL),
     "canonical": (tuple, {}),
     GPT: (tuple, DECODER_ONLY),
     GPT_IN_FULL: (in_full, DECODER_ONLY),

@@ -64,7 +64,7 @@ def glance() -> None:
     found = runs("glance")
     _, ax = plt.subplots(figsize=(5.4, 3.8))
     # Labels that stand on the left, so many points higher than what they name.
-    left = {"GPT, 84 wide": 4, "GPT, 2 layers": -3, "YOCO": -2, "lean, shared_kv": -8}
+    left = {"GPT, 84 wide": 4, "GPT, 2 layers": -3, "YOCO": -2, "lean": -8}
     for name, rows in found.items():
         color = BLUE if name.startswith("GPT") else ORANGE if name in ("YOCO", "serial") else GREEN
         cost, deltas = rows[0]["prompt_flops"] / 1e3, differences(rows, found["GPT"])

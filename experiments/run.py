@@ -64,16 +64,16 @@ MODELS = {  # settings and peer of the first table's models
     "GPT": ("--arch=decoder_only --n_layer=3 --n_embd=96", ""),
     "GPT, GQA": ("--arch=decoder_only --n_layer=3 --n_embd=100", "gqa()"),
     "canonical": (f"{FULL} --n_embd=76", ""),
-    "lean": ("--n_embd=84 --shared_kv=False", ""),
-    "lean, shared_kv": ("--n_embd=84", ""),
+    "lean, own keys and values": ("--n_embd=84 --shared_kv=False", ""),
+    "lean": ("--n_embd=84", ""),
     "serial": (f"{FULL} --n_embd=76", "lag(2)"),
     "YOCO": ("--n_embd=84 --shared_kv=False", "yoco()"),
-    # and two whose prompts cost as much as those of lean, shared_kv
+    # and two whose prompts cost as much as those of lean
     "GPT, 84 wide": ("--arch=decoder_only --n_layer=3 --n_embd=84", ""),
     "GPT, 2 layers": ("--arch=decoder_only --n_layer=2 --n_embd=116", ""),
 }
 # The best of three factors of RATE, by `rates`; 1 where none is named.
-RATES = {"GPT": 1.6, "lean, shared_kv": 1.6, "GPT, 2 layers": 1.6}
+RATES = {"GPT": 1.6, "lean": 1.6, "GPT, 2 layers": 1.6}
 
 
 def tuned(name: str) -> str:
@@ -116,7 +116,7 @@ def passes() -> Iterator[dict]:
     yet."""
     learned = "--router_input=encoder --l1_norm=squared --penalty_schedule=exponential"
     few = ("none", "dropout=0.1", "hidden, l1_weight=0.3", "output, l1_weight=0.3")
-    for model, C, lengths in (("lean, shared_kv", 84, (50_000, 200_000)), ("GPT", 96, (50_000,))):
+    for model, C, lengths in (("lean", 84, (50_000, 200_000)), ("GPT", 96, (50_000,))):
         of_output = f"--n_expert={C} --expert_site=output --router_n_head=2 "
         sites = {"hidden": "--n_expert=16", "output": f"{of_output} --router_head_dim={C // 2}"}
         ways = {"none": "", "dropout=0.1": "--dropout=0.1", "dropout=0.2": "--dropout=0.2"} | {
@@ -196,7 +196,7 @@ def sizes() -> Iterator[dict]:
     ):
         ours = f"{PRESENT} --n_head={heads} --n_layer={layers} --n_embd={width}"
         yield run(f"GPT, {size}", f"{PRESENT} --n_head={heads} --arch=decoder_only {gpt}", 3)
-        yield run(f"lean, shared_kv, {size}", ours, 3)
+        yield run(f"lean, {size}", ours, 3)
         yield run(f"YOCO, {size}", f"{ours} --shared_kv=False", 3, "yoco()")
 
 

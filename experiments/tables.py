@@ -253,7 +253,7 @@ def millions(row: dict) -> str:
 
 
 def time_and_ratio(row: dict) -> str:
-    """Milliseconds, and how many times those of lean with shared_kv."""
+    """Milliseconds, and how many times those of lean."""
     digits = 0 if row["ms"] >= 100 else 1
     return f"{row['ms']:,.{digits}f} ({row['times_lean']:.2f})"
 
@@ -350,7 +350,7 @@ def rates() -> str:
 def glance() -> str:
     """Loss and costs of the models of one size; operations and bytes are those of a token."""
     found = runs("glance")
-    path = {"canonical": 3, "lean": 3, "lean, shared_kv": 3, "serial": 4, "YOCO": 4}
+    path = {"canonical": 3, "lean, own keys and values": 3, "lean": 3, "serial": 4, "YOCO": 4}
     heads = "| parameters: | loss: | to GPT: | | operations of a prompt: | of a new token: "
     heads += "| cache, bytes: | layers on the critical path:"
     lines = []

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-LEAN, GPT, GPT2 = "lean, shared_kv", "GPT", "Hugging Face GPT-2"
+LEAN, GPT, GPT2 = "lean", "GPT", "Hugging Face GPT-2"
 SAME = {"lean, in series", "lean, two streams", "lean, in pairs"}  # its weights, in another order
 
 
