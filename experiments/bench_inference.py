@@ -13,12 +13,13 @@ ratio the median of the ratios within a round.
 prompt and decode compare models of equal parameters, all with a vocabulary of 65:
 - lean: lateral, without decoder self-attention, shared keys and values; 6 + 6 layers
 - lean, own keys and values: the same, but each layer of a stack has its own
-- canonical: 6 + 6 layers with none of these
+- YOCO: the stacks of lean in series, with one set of keys and values for the decoder
+- canonical: 6 + 6 layers with none of these; serial: the same in series
 - GPT: arch="decoder_only", 12 layers
 - GPT, in full: the same, but its last layer computes every position of a prompt, not only the last
 - GPT, GQA: the GPT with one head of keys and values for two heads of queries
-- Hugging Face GPT-2 as it comes (tanh GELU, biases, learned positions), its cache a DynamicCache,
-  logits of the last position only; 12 layers
+- Hugging Face GPT-2 (biases, learned positions), with the exact GELU, which is faster than its
+  own; its cache a DynamicCache, logits of the last position only; 12 layers
 Ours have rotary positions. Each peer has the width that brings it closest to the parameters of the
 first, among those that give an even head size. The position embedding is not counted.
 
@@ -69,7 +70,7 @@ sys.path.insert(0, str(ROOT))
 from measuring import fields_of, num_params, settings_of  # noqa: E402
 
 import model as model_py  # noqa: E402
-from ablations import Classes, apply, gqa, restored, yoco  # noqa: E402
+from ablations import Classes, apply, gqa, lag, restored, yoco  # noqa: E402
 from model import (  # noqa: E402
     Cache,
     FeedForward,
@@ -121,11 +122,12 @@ LATERAL = dict(lateral=True, decoder_self_attention=False)
 OURS: dict[str, tuple[Callable[[], Classes], dict]] = {  # what changes model.py, and fields
     LEAN: (tuple, LATERAL | dict(shared_kv=True)),
     "lean, own keys and values": (tuple, LATERAL),
+    "YOCO": (yoco, LATERAL),
     "canonical": (tuple, {}),
+    "serial": (partial(lag, 6), {}),  # 6 layers, as SIZES have
     GPT: (tuple, DECODER_ONLY),
     GPT_IN_FULL: (in_full, DECODER_ONLY),
     "GPT, GQA": (gqa, DECODER_ONLY),
-    "YOCO": (yoco, LATERAL),
 }
 MODELS = (*OURS, GPT2)
 Model = ParallelEncoderDecoder | GPT2LMHeadModel
@@ -140,7 +142,8 @@ def build_gpt2(positions: int, n_layer: int, n_head: int, n_embd: int) -> GPT2LM
     torch.manual_seed(0)
     sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     ids = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=None)
-    config = GPT2Config(n_positions=positions, **sizes, **ids, attn_implementation="sdpa")
+    how = dict(activation_function="gelu", attn_implementation="sdpa")
+    config = GPT2Config(n_positions=positions, **sizes, **ids, **how)
     return GPT2LMHeadModel(config).eval()
 
 

@@ -15,9 +15,8 @@ it is done, so that a sweep which was interrupted goes on where it stopped. Loss
 the whole validation split, in nats per character. On one kind of machine a run gives the same
 losses bit for bit.
 
-Lines of an earlier FORMAT were made with other presets, most with the layer up to commit fd66022.
-Each line has its commit, where it can be repeated; here these are refused. This file is not for
-speed: bench_*.py measure that.
+Each line has its commit. A line of an earlier FORMAT, of another layer or preset, is refused here,
+and can be repeated there. This file is not for speed: bench_*.py measure that.
 """
 
 import argparse
@@ -41,18 +40,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 RESULTS = HERE / "results.jsonl"
 SWEEPS = HERE / "sweeps.jsonl"  # of one's own; not committed
 
-# The canonical layer at the size of the presets, or decoder-only, for 1,000 iterations.
-SHORT = "--block_size=64 --max_iters=1000 --lr_decay_iters=1000 --eval_interval=250"
-SMALL = f"config/canonical.py {SHORT}"
-# The layer of the presets up to commit fd66022.
-LATERAL = "--lateral=True --decoder_self_attention=False"
-EXPERTS = (
-    f"{SMALL} --n_expert=16 --l1_norm=squared --l1_weight=1.0 --penalty_schedule=exponential "
-    "--penalty_iters=1000"
-)
-
-
-# The present layer at 0.33 M parameters, in runs of 1,000 iterations.
+# The layer of the presets at 0.33 M parameters, in runs of 1,000 iterations.
 PRESENT = (
     "config/shakespeare_char_dense.py --block_size=64 --batch_size=12 --n_head=2 --max_iters=1000 "
     "--lr_decay_iters=1000 --eval_interval=250 --warmup_iters=100 --learning_rate=0.01 "
@@ -72,6 +60,12 @@ MODELS = {  # settings and peer of the first table's models
     "GPT, 84 wide": ("--arch=decoder_only --n_layer=3 --n_embd=84", ""),
     "GPT, 2 layers": ("--arch=decoder_only --n_layer=2 --n_embd=116", ""),
 }
+LEAN = f"{PRESENT} --n_embd=84"  # with shared_kv
+CANONICAL = f"{PRESENT} {FULL} --position_embedding=learned --token_shift=False --n_embd=76"
+EXPERTS = (  # penalties as in config/shakespeare_char_sparse.py
+    f"{LEAN} --n_expert=16 --router_input=encoder --l1_norm=linear --l1_weight=0.25 "
+    "--entropy_weight=0.1 --penalty_schedule=linear"
+)
 # The best of three factors of RATE, by `rates`; 1 where none is named.
 RATES = {"GPT": 1.6, "lean": 1.6, "GPT, 2 layers": 1.6}
 
@@ -128,7 +122,7 @@ def passes() -> Iterator[dict]:
             how = f"--dataset=shakespeare_first_{length} --max_iters={steps} --eval_iters=50 "
             how += f"--lr_decay_iters={steps} --eval_interval={steps // 8}"
             for way in ways if length == 50_000 else few:
-                yield run(f"{model}, {length:,}, {way}", f"{tuned(model)} {how} {ways[way]}", 3)
+                yield run(f"{model}, {length:,}; {way}", f"{tuned(model)} {how} {ways[way]}", 3)
 
 
 def works() -> Iterator[dict]:
@@ -138,53 +132,56 @@ def works() -> Iterator[dict]:
 
 
 def curve() -> Iterator[dict]:
-    """What do experts cost that are off, beside other ways to the same active size? A narrower
-    model beats experts that L1 turns off."""
-    for l1_weight in (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0):
-        yield run(f"l1_weight={l1_weight}", f"{EXPERTS} --l1_weight={l1_weight}", seeds=3)
-    for n_embd in (76, 70, 64, 58, 52):
-        yield run(f"dense, {n_embd} wide", f"{SMALL} --n_embd={n_embd}", seeds=3)
-    for dropout in (0.1, 0.2):
-        yield run(f"dense, dropout={dropout}", f"{SMALL} --dropout={dropout}", seeds=3)
-    for n_embd in (76, 90):
-        yield run(
-            f"no encoder feed-forward, {n_embd} wide", f"{SMALL} --n_embd={n_embd}", seeds=3,
-            peer="attention_encoder()",
-        )  # fmt: skip
+    """What do experts cost that are off, beside other ways to the same active size? Not measured
+    yet."""
+    for l1_weight in (0, 0.1, 0.25, 0.5, 1, 2):
+        yield run(f"l1_weight={l1_weight:g}", f"{EXPERTS} --l1_weight={l1_weight:g}", 3)
+    for n_embd in (84, 76, 68, 60, 52):
+        yield run(f"dense, {n_embd} wide", f"{LEAN} --n_embd={n_embd}", 3)
+    for n_embd in (84, 96):
+        settings = f"{LEAN} --n_embd={n_embd}"
+        yield run(f"no encoder feed-forward, {n_embd} wide", settings, 3, "attention_encoder()")
     for k in (2, 4, 8, 16):
-        yield run(f"top {k} of 16", f"{SMALL} --n_expert=16", seeds=3, peer=f"top_k({k})")
+        yield run(f"top {k} of 16", f"{LEAN} --n_expert=16", 3, f"top_k({k})")
 
 
 def variants() -> Iterator[dict]:
-    """Which variants of the layer help, one at a time from the canonical one? W_lat helps most;
-    with it the decoder needs no self-attention."""
-    yield run("canonical", SMALL, seeds=5)
-    for setting in (
-        "cross_first=True",
-        "lateral=True",
-        "decoder_self_attention=False",
-        "lateral=True --decoder_self_attention=False",
-        "n_cross_head=1",
-        "n_cross_head=4",
-        "encoder_loss=mse",
-        "encoder_loss=cosine",
-        "encoder_loss=log_cosine",
-        "next_position=add",
-        "next_position=subtract",
+    """Which parts of the layer help, one at a time from lean? Not measured yet."""
+    yield run("lean", LEAN, 5)
+    for change in (
+        "lateral=False",
+        "decoder_self_attention=True",
+        "decoder_self_attention=True, 76 wide",
+        "shared_kv=False",
+        "position_embedding=learned",
+        "token_shift=False",
+        "qk_norm=True",
     ):
-        yield run(setting.replace("--", ""), f"{SMALL} --{setting}", seeds=5)
-    # lateral adds a matrix, and without self-attention four go: the same at equal parameters
-    yield run("lateral, 74 wide", f"{SMALL} --lateral=True --n_embd=74", seeds=5)
-    yield run(
-        "no decoder self-attention, 82 wide",
-        f"{SMALL} --decoder_self_attention=False --n_embd=82",
-        seeds=5,
-    )
-    yield run(
-        "both, 80 wide",
-        f"{SMALL} {LATERAL} --n_embd=80",
-        seeds=5,
-    )
+        setting, _, width = change.partition(", ")
+        width = f"--n_embd={width.removesuffix(' wide')}" if width else ""
+        yield run(change, f"{LEAN} --{setting} {width}", 5)
+    for width in (80, 84):
+        settings = f"{LEAN} --lateral=False --n_embd={width}"
+        yield run(f"d = d + W_lat LN(e), {width} wide", settings, 5, "w_lat()")
+    yield run("canonical", CANONICAL, 5)
+    # Each of these beside the one that is named before the semicolon.
+    full, learned = "decoder_self_attention=True", "position_embedding=learned"
+    own = f"{learned} --shared_kv=False"
+    yield run(own.replace(" --", ", "), f"{LEAN} --{own}", 3)
+    for base, peer in (
+        ("", "embedding_loss('mse', 0.25)"),
+        ("", "embedding_loss('cosine', 2)"),
+        ("", "embedding_loss('log_cosine', 2)"),
+        ("", "swiglu()"),
+        ("", "gate()"),
+        (full, "cross_first()"),
+        (learned, "next_position('add')"),
+        (learned, "next_position('subtract')"),
+        (own, "n_cross_head(1)"),
+        (own, "n_cross_head(4)"),
+    ):
+        name = f"{base.replace(' --', ', ')}; {peer}" if base else peer
+        yield run(name, f"{LEAN} --{base}".removesuffix(" --"), 3, peer)
 
 
 def sizes() -> Iterator[dict]:
@@ -201,72 +198,49 @@ def sizes() -> Iterator[dict]:
 
 
 def experts() -> Iterator[dict]:
-    """Which settings of learned dropout matter, one at a time from EXPERTS? Penalties at full
-    weight too early hurt; most other settings hardly matter."""
-    yield run("experts", EXPERTS, seeds=3)
+    """Which settings of learned dropout matter, one at a time from EXPERTS? Not measured yet."""
+    yield run("experts", EXPERTS, 3)
     for setting in (
-        "entropy_weight=0.05",
-        "entropy_weight=0.2",
-        "entropy_weight=1.0",
-        "entropy_weight=0.2 --l1_weight=0.2",
-        "entropy_weight=1.0 --l1_weight=0.2",
-        "entropy_weight=0.2 --l1_weight=0.0",
-        "entropy_weight=1.0 --l1_weight=0.0",
-        "l1_norm=linear --l1_weight=0.5",
+        "entropy_weight=0",
+        "entropy_weight=0.3",
+        "entropy_weight=1",
+        "l1_norm=squared --l1_weight=0.5",
         "penalty_schedule=constant",
-        "penalty_schedule=linear",
-        "penalty_iters=250",
+        "penalty_schedule=exponential",
         "shift_init=1.5",
         "shift_init=3.1",
-        "rounding=sigmoid",
-        "rounding=sigmoid --rounding_scale=6",
-        "rounding=none",
-        "rounding=none --entropy_weight=0.2",
         "n_expert=4",
-        "n_expert=76",
-        "n_expert=304",
-        "expert_site=output --n_expert=19",
-        "expert_site=output --n_expert=76",
-        "router_input=embedding",
-        "router_detach=True",
+        "n_expert=84",
+        "n_expert=336",
+        "expert_site=output --n_expert=21",
+        "expert_site=output --n_expert=84 --router_n_head=2 --router_head_dim=42",
+        "router_input=hidden",
         "router_n_head=4",
-        "router_head_dim=4",
         "router_head_dim=64",
     ):
-        yield run(setting.replace("--", ""), f"{EXPERTS} --{setting}", seeds=3)
+        yield run(setting.replace("--", ""), f"{EXPERTS} --{setting}", 3)
+    for peer in ("rounding('sigmoid')", "rounding('none')", "router_detach()"):
+        yield run(peer, EXPERTS, 3, peer)
+    reads_embedding = EXPERTS.replace("--router_input=encoder ", "")
+    yield run("embedding_router()", reads_embedding, 3, "embedding_router()")
 
 
 def inside() -> Iterator[dict]:
     """What do the streams hold, by linear probes and by ablations, and what do the experts respond
-    to? The canonical stacks specialise; experts respond to the character."""
-    lateral = f"{LATERAL} --n_embd=80"
+    to? Not measured yet."""
     for name, settings in {
-        "canonical": SMALL,
-        "lateral, no decoder self-attention": f"{SMALL} {lateral}",
-        "decoder-only": f"config/decoder_only.py {SHORT}",
-        "encoder_loss=cosine": f"{SMALL} --encoder_loss=cosine",
+        "lean": LEAN,
+        "lateral=False": f"{LEAN} --lateral=False",
+        "canonical": CANONICAL,
+        "GPT": f"{PRESENT} {MODELS['GPT'][0]}",
         "experts": EXPERTS,
-        "experts, lateral": f"{EXPERTS} {lateral}",
     }.items():
-        yield run(name, settings, seeds=3, analyse=True)
+        yield run(name, settings, 3, analyse=True)
 
 
-def lateral() -> Iterator[dict]:
-    """Is the lateral connection as good without parameters as d = d + W_lat LN(e)? No difference
-    was found."""
-    lean = (
-        f"{SMALL} --block_size=96 --decoder_self_attention=False --shared_kv=True "
-        "--position_embedding=rotary"
-    )
-    yield run("e_l - e_{l-1}, 84 wide", f"{lean} --lateral=True --n_embd=84", seeds=5)
-    for n_embd in (80, 84):  # what is even with two heads
-        name = f"W_lat LN(e), {n_embd} wide"
-        yield run(name, f"{lean} --n_embd={n_embd}", seeds=5, peer="w_lat()")
-
-
-FORMAT = 3  # of these runs; those of 2 had other presets, those without it another layer, too
+FORMAT = 3  # of these runs; one more where a change of the layer or of a preset changes them
 WHAT = ("name", "settings", "peer")  # of a run that a question asks for; each has several seeds
-ALL = (rates, glance, lag, passes, works, lateral, curve, variants, sizes, experts, inside)
+ALL = (rates, glance, lag, passes, works, curve, variants, sizes, experts, inside)
 QUESTIONS = {question.__name__: question for question in ALL}
 
 

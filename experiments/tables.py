@@ -326,12 +326,12 @@ def faults() -> str:
     return markdown("what | tried: | lost: |", lines)
 
 
-def compared(found: dict[str, list[dict]], base: str = "") -> str:
-    """Each run beside a base, or beside the first."""
-    base = base or next(iter(found))
-    return markdown(f"| parameters: | seeds: | loss: | to {base}:", (
+def compared(found: dict[str, list[dict]]) -> str:
+    """Each run beside the first, or beside the one that its name has before a semicolon."""
+    first = next(iter(found))
+    return markdown(f"| parameters: | seeds: | loss: | to {first}: |", (
         (name, f"{rows[0]['parameters']:,}", str(len(rows)), f"{mean(rows):.3f}",
-         show_difference(rows, found[base]))
+         *judged(rows, found.get(name.rpartition("; ")[0] or first, [])))
         for name, rows in found.items()
     ))  # fmt: skip
 
@@ -396,6 +396,25 @@ def sizes() -> str:
     return markdown("| parameters: | seeds: | loss: | to GPT: |", lines)
 
 
+def passes() -> str:
+    """A short text, read many times: the best loss of the evaluations, and that of the end."""
+    found, lines = runs("passes"), []
+    best = {
+        name: [row | {"val_loss": min(loss for _, loss in row["curve"])} for row in rows]
+        for name, rows in found.items()
+    }
+    for name, rows in found.items():
+        text, _, way = name.rpartition("; ")
+        on = percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None)
+        cells = [text, way, str(len(rows)), on]
+        for of in (best, found):
+            base = of.get(f"{text}; none", [])
+            cells += f"{mean(of[name]):.3f}", *judged(of[name], base)
+        lines.append(cells)
+    heads = "model, characters | | seeds: | experts on: | best loss: | to none: | | last loss: "
+    return markdown(f"{heads}| to none: |", lines)
+
+
 def experts() -> str:
     """The hyperparameters of learned dropout, one at a time."""
     found = runs("experts")
@@ -404,10 +423,16 @@ def experts() -> str:
         (name, f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}",
          show_difference(rows, found["experts"]), percent(mean(rows, "experts_on")),
          f"{mean(rows, 'entropy'):.3f}", percent(mean(rows, "near_one")),
-         percent(mean(rows, "near_zero")), percent(statistics.mean(
-             value for row in rows for layer in row["changed_per_block"] for value in layer)))
+         percent(mean(rows, "near_zero")), percent(changed(rows)))
         for name, rows in found.items()
     ))  # fmt: skip
+
+
+def changed(rows: list[dict]) -> float | None:
+    """The share of decisions that changed, over all blocks; a peer's are not counted."""
+    if "changed_per_block" not in rows[0]:
+        return None
+    return statistics.mean(x for row in rows for layer in row["changed_per_block"] for x in layer)
 
 
 def active(rows: list[dict]) -> float:
@@ -415,7 +440,7 @@ def active(rows: list[dict]) -> float:
     parameters = rows[0]["parameters"]
     if "experts_on" not in rows[0]:
         return parameters
-    width = int(re.search(r"--n_embd=(\d+)", rows[0]["settings"] + " --n_embd=76")[1])
+    width = int(re.findall(r"--n_embd=(\d+)", rows[0]["settings"])[-1])
     return parameters - (1 - mean(rows, "experts_on")) * 4 * 8 * width**2  # four blocks of 8 C^2
 
 
@@ -427,7 +452,7 @@ def curve() -> str:
         (name, str(len(rows)), f"{rows[0]['parameters']:,}",
          percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None),
          f"{active(rows):,.0f}", f"{mean(rows):.3f}",
-         show_difference(rows, found["dense, 76 wide"]))
+         show_difference(rows, found["dense, 84 wide"]))
         for name, rows in found.items()
     ))  # fmt: skip
 
@@ -435,7 +460,7 @@ def curve() -> str:
 def probes() -> str:
     """The accuracy of a linear probe of each stream for each target, in per cent."""
     found, lines = runs("inside"), []
-    majority = found["canonical"][0]["probes"]["the commonest"]  # of the text: no seed matters
+    majority = found["lean"][0]["probes"]["the commonest"]  # of the text: no seed matters
     for name, rows in found.items():
         of_streams = [row["probes"] for row in rows]
         for stream in of_streams[0]:
@@ -510,8 +535,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "faults": faults,
     "rates": rates,
     "glance": glance,
-    "lateral": lambda: compared(runs("lateral"), "W_lat LN(e), 80 wide"),
-    "variants": lambda: compared(runs("variants"), "canonical"),
+    "variants": lambda: compared(runs("variants")),
     "curve": curve,
     "experts": experts,
     "use": use,
@@ -524,7 +548,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def of_question(name: str) -> str:
     """The tables of a question of run.py."""
     several = {"inside": ("probes", "cuts, all", "use")}
-    tables = TABLES | {"lag": lag, "sizes": sizes}
+    tables = TABLES | {"lag": lag, "sizes": sizes, "passes": passes}
     return "\n\n".join(
         tables[table]() if table in tables else compared(runs(table))
         for table in several.get(name, (name,))

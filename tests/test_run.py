@@ -63,13 +63,25 @@ def test_a_question_is_asked_once_and_prints_its_table_each_time(trained, monkey
             "",
             "depth: How deep? Not very.",
             "",
-            "|  | parameters | seeds | loss | to 1 layers |",
-            "| --- | ---: | ---: | ---: | ---: |",
-            "| 1 layers | 1,000 | 3 | 1.600 |  |",
-            f"| 2 layers | 2,000 | 3 | 1.701 | +0.100 ± {half:.3f} |",
+            "|  | parameters | seeds | loss | to 1 layers |  |",
+            "| --- | ---: | ---: | ---: | ---: | --- |",
+            "| 1 layers | 1,000 | 3 | 1.600 |  |  |",
+            f"| 2 layers | 2,000 | 3 | 1.701 | +0.100 ± {half:.3f} | worse |",
         ]
     run.main(["--list"])
     assert capsys.readouterr().out.endswith("| depth | How deep? | Not very. | 6 of 6 | 0.0 |\n")
+
+
+def test_a_name_with_a_semicolon_is_beside_what_stands_before_it():
+    losses = {"lean": (1.6, 1.5), "wide": (1.4, 1.6), "wide; peer": (1.3, 1.4)}
+    found = {
+        name: [dict(seed=s, parameters=9, val_loss=loss) for s, loss in enumerate(of_name)]
+        for name, of_name in losses.items()
+    }
+    *_, wide, peer = tables.compared(found).splitlines()
+    half = 12.7062 * 0.1 / 2
+    assert wide == f"| wide | 9 | 2 | 1.500 | -0.050 ± {3 * half:.3f} | no difference found |"
+    assert peer == f"| wide; peer | 9 | 2 | 1.350 | -0.150 ± {half:.3f} | no difference found |"
 
 
 def test_a_sweep_of_ones_own(trained, capsys):
