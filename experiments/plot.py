@@ -82,19 +82,42 @@ def glance() -> None:
     save("glance")
 
 
+def lag() -> None:
+    """The loss against the layers on the critical path, for three depths."""
+    found = runs("lag")
+    _, ax = plt.subplots(figsize=(5.4, 3.8))
+    for L, color in ((2, GREEN), (4, BLUE), (8, ORANGE)):
+        for form, style in (("", "o-"), (", not lateral", "o:")):
+            of_form = {k: found.get(f"{L} + {L} layers, lag {k}{form}") for k in range(L + 1)}
+            points = [(min(L + 1 + k, 2 * L), rows) for k, rows in of_form.items() if rows]
+            ax.errorbar(
+                [path for path, _ in points], [mean(rows) for _, rows in points],
+                [spread(rows) for _, rows in points], fmt=style, color=color, capsize=2,
+            )  # fmt: skip
+            path, rows = points[-1]
+            label = f"{L} + {L}{form}"
+            ax.annotate(
+                label, (path, mean(rows)), (5, 2), textcoords="offset points", color=color,
+                fontsize=9,
+            )  # fmt: skip
+    ax.margins(x=0.15)
+    ax.set_xlabel("layers on the critical path (left: side by side, right: in series)")
+    ax.set_ylabel("validation loss, nats per character")
+    save("lag")
+
+
 def curve() -> None:
     """Loss against active parameters: learned dropout, top-k experts, smaller dense models."""
-    found = runs("curve") | runs("experts")  # of the latter those with an entropy penalty
+    found = runs("curve")
     kinds = {
-        "learned dropout, l1_weight swept": (BLUE, "o-", "l1_weight="),
-        "learned dropout with an entropy penalty": (BLUE, "P", "entropy_weight="),
-        "top k of 16 experts": (ORANGE, "s-", "top "),
-        "dense, no encoder feed-forward": (RED, "d-", "no encoder"),
-        "dense, narrower": (GREEN, "^-", "dense, 76 wide|dense, 70|dense, 64|dense, 58|dense, 52"),
+        "l1_weight=": (BLUE, "o-", "learned dropout, l1_weight swept"),
+        "top ": (ORANGE, "s-", "top k of 16 experts"),
+        "no encoder": (RED, "d-", "dense, no encoder feed-forward"),
+        "dense, ": (GREEN, "^-", "dense, narrower"),
     }
-    _, ax = plt.subplots(figsize=(6.4, 3.6))
-    for label, (color, style, starts) in kinds.items():
-        chosen = [rows for name, rows in found.items() if name.startswith(tuple(starts.split("|")))]
+    _, ax = plt.subplots(figsize=(5.4, 3.8))
+    for starts, (color, style, label) in kinds.items():
+        chosen = [rows for name, rows in found.items() if name.startswith(starts)]
         chosen.sort(key=active)
         ax.errorbar(
             [active(rows) / 1000 for rows in chosen], [mean(rows) for rows in chosen],
@@ -102,90 +125,76 @@ def curve() -> None:
         )  # fmt: skip
     ax.set_xlabel("active parameters per token, thousands")
     ax.set_ylabel("validation loss, nats per character")
-    ax.legend()
+    ax.legend(fontsize=9)
     save("curve")
 
 
 def variants() -> None:
-    """The difference of each variant from the canonical layer."""
+    """The difference of each variant from lean."""
     found = runs("variants")
-    base = found.pop("canonical")
-    found = {name: differences(rows, base) for name, rows in found.items()}
+    base = found.pop("lean")
+    found = {name: differences(rows, base) for name, rows in found.items() if "; " not in name}
     found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
-    _, ax = plt.subplots(figsize=(6.4, 0.3 * len(found) + 0.8))
+    _, ax = plt.subplots(figsize=(4, 0.3 * len(found) + 0.8))
     for k, deltas in enumerate(found.values()):
         ax.errorbar(
             statistics.mean(deltas), k, xerr=interval(deltas), fmt="o", color=BLUE, capsize=2
         )
     ax.axvline(0, color=GRAY, linewidth=0.8)
     ax.set_yticks(range(len(found)), list(found))
-    ax.set_xlabel(
-        "difference of the validation loss from the canonical layer, with its 95 % interval"
-    )
+    ax.set_xlabel("loss less lean's, nats per character")
     save("variants")
 
 
 def probes() -> None:
-    """Accuracy of linear probes of each stream, layer by layer."""
-    found = runs("inside")
+    """How well a linear map of each stream tells the next character, layer by layer."""
+    found, target = runs("inside"), "next token"
     lines = {  # (model, stack): how it is drawn
-        ("canonical", "e"): (BLUE, "o-", "encoder"),
-        ("canonical", "d"): (ORANGE, "s-", "decoder"),
-        ("decoder-only", "d"): (GRAY, "^--", "decoder-only"),
+        ("lean", "d"): (GREEN, "s-", "lean, decoder"),
+        ("lean", "e"): (GREEN, "o--", "lean, encoder"),
+        ("canonical", "d"): (BLUE, "s-", "canonical, decoder"),
+        ("canonical", "e"): (BLUE, "o--", "canonical, encoder"),
+        ("GPT", "d"): (ORANGE, "^-", "GPT"),
     }
-    targets = list(found["canonical"][0]["probes"]["E"])
-    fig, axes = plt.subplots(1, len(targets), figsize=(11, 2.6))
-    for ax, target in zip(axes, targets, strict=True):
-        for (model, stack), (color, style, label) in lines.items():
-            of_streams = [row["probes"] for row in found[model]]
-            names = ["E", *(name for name in of_streams[0] if name.startswith(stack))]
-            layers = [0, *(int(name[1:]) for name in names[1:])]
-            shares = [100 * statistics.mean(p[name][target] for p in of_streams) for name in names]
-            ax.plot(layers, shares, style, color=color, label=label)
-        ax.axhline(
-            100 * found["canonical"][0]["probes"]["the commonest"][target],
-            color=GRAY, linewidth=0.8, linestyle=":",
+    _, ax = plt.subplots(figsize=(5.4, 3.8))
+    for (model, stack), (color, style, label) in lines.items():
+        of_streams = [row["probes"] for row in found[model]]
+        names = ["E", *(name for name in of_streams[0] if name.startswith(stack))]
+        shares = [[100 * p[name][target] for p in of_streams] for name in names]
+        ax.errorbar(
+            range(len(names)), [statistics.mean(s) for s in shares], [interval(s) for s in shares],
+            fmt=style, color=color, label=label, capsize=2,
         )  # fmt: skip
-        ax.set_title(target, fontsize=10)
-        ax.set_xticks(range(4))
-    axes[0].set_ylabel("accuracy, %")
-    fig.supxlabel("after layer (0: E)", fontsize=10, color=GRAY)
-    axes[0].legend(fontsize=8, loc="center")
-    fig.tight_layout()
+    majority = 100 * found["lean"][0]["probes"]["the commonest"][target]
+    ax.axhline(majority, color=GRAY, linewidth=0.8, linestyle=":")
+    ax.text(3, majority, "always the commonest", ha="right", va="bottom", color=GRAY, fontsize=9)
+    ax.set_xticks(range(4), ["embedding", "layer 1", "layer 2", "layer 3"])
+    ax.set_ylabel("next characters told by a linear map, %")
+    ax.legend(fontsize=9)
     save("probes")
 
 
 def experts() -> None:
-    """The share of experts on, by kind of character and by place in the window."""
-    models = {"experts": "canonical", "experts, lateral": "lateral"}
-    colors = (BLUE, ORANGE, GREEN, RED)
-    _, axes = plt.subplots(1, 3, figsize=(12, 3), width_ratios=(1, 1, 1.1))
-    for ax, (name, label) in zip(axes[:2], models.items(), strict=True):
-        found = [row["experts"] for row in runs("inside")[name]]
-        blocks, kinds = found[0]["blocks"], list(found[0]["on_by_kind"])
-        share = [
-            [100 * statistics.mean(f["on_by_kind"][k][b] for f in found) for b in range(4)]
-            for k in kinds
-        ]
-        ax.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-        for y, row in enumerate(share):
-            for x, value in enumerate(row):
-                ax.text(x, y, f"{value:.0f}", ha="center", va="center",
-                        color="white" if value > 55 else "#303030")  # fmt: skip
-        ax.set_xticks(range(4), blocks)
-        ax.set_yticks(range(len(kinds)), kinds if ax is axes[0] else [])
-        ax.set_title(f"{label}: experts on, %, by character", fontsize=10)
-    for b, color in enumerate(colors):  # of the last model, in which no block is off
-        places = zip(*(f["on_by_place"][b] for f in found), strict=True)
-        share = [100 * statistics.mean(p) for p in places]
-        axes[2].plot(range(9, 9 + len(share)), share, color=color, label=blocks[b])
-    axes[2].set_xlabel("place in the window")
-    axes[2].set_title("lateral: experts on, %, by place", fontsize=10)
-    axes[2].legend(fontsize=8, ncols=4)
-    axes[2].set_ylim(0, 102)
+    """The share of experts on, by kind of character."""
+    found = [row["experts"] for row in runs("inside")["experts"]]
+    blocks, kinds = found[0]["blocks"], list(found[0]["on_by_kind"])
+    names = [f"{dict(e='encoder', d='decoder')[block[0]]} {block[1:]}" for block in blocks]
+    _, ax = plt.subplots(figsize=(4.2, 3))
+    share = [
+        [100 * statistics.mean(f["on_by_kind"][k][b] for f in found) for b in range(len(blocks))]
+        for k in kinds
+    ]
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for y, row in enumerate(share):
+        for x, value in enumerate(row):
+            ax.text(x, y, f"{value:.0f}", ha="center", va="center",
+                    color="white" if value > 55 else "#303030")  # fmt: skip
+    ax.set_xticks(range(len(blocks)), names)
+    ax.set_yticks(range(len(kinds)), kinds)
+    ax.set_title("experts on, %, by character and block", fontsize=10)
     save("experts_use")
 
 
 if __name__ == "__main__":
-    for draw in (loss, glance, curve, variants, probes, experts):
+    for draw in (loss, glance, lag, curve, variants, probes, experts):
         draw()
