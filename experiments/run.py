@@ -134,14 +134,12 @@ def works() -> Iterator[dict]:
 def curve() -> Iterator[dict]:
     """What do experts cost that are off, beside other ways to the same active size? Not measured
     yet."""
-    for l1_weight in (0, 0.1, 0.25, 0.5, 1, 2):
+    for l1_weight in (0, 0.25, 0.5, 1, 2):
         yield run(f"l1_weight={l1_weight:g}", f"{EXPERTS} --l1_weight={l1_weight:g}", 3)
-    for n_embd in (84, 76, 68, 60, 52):
+    for n_embd in (84, 68, 52):
         yield run(f"dense, {n_embd} wide", f"{LEAN} --n_embd={n_embd}", 3)
-    for n_embd in (84, 96):
-        settings = f"{LEAN} --n_embd={n_embd}"
-        yield run(f"no encoder feed-forward, {n_embd} wide", settings, 3, "attention_encoder()")
-    for k in (2, 4, 8):
+    yield run("no encoder feed-forward", LEAN, 3, "attention_encoder()")
+    for k in (4, 8):
         yield run(f"top {k} of 16", f"{LEAN} --n_expert=16", 3, f"top_k({k})")
 
 
@@ -151,18 +149,14 @@ def variants() -> Iterator[dict]:
     for change in (
         "lateral=False",
         "decoder_self_attention=True",
-        "decoder_self_attention=True, 76 wide",
         "shared_kv=False",
         "position_embedding=learned",
         "token_shift=False",
         "qk_norm=True",
     ):
-        setting, _, width = change.partition(", ")
-        width = f"--n_embd={width.removesuffix(' wide')}" if width else ""
-        yield run(change, f"{LEAN} --{setting} {width}", 5 if change == "lateral=False" else 3)
-    for width in (80, 84):
-        settings = f"{LEAN} --lateral=False --n_embd={width}"
-        yield run(f"d = d + W_lat LN(e), {width} wide", settings, 5, "w_lat()")
+        yield run(change, f"{LEAN} --{change}", 5 if change == "lateral=False" else 3)
+    w_lat = f"{LEAN} --lateral=False --n_embd=80"
+    yield run("d = d + W_lat LN(e), 80 wide", w_lat, 5, "w_lat()")
     yield run("canonical", CANONICAL, 3)
     # Each of these beside the one that is named before the semicolon.
     full, learned = "decoder_self_attention=True", "position_embedding=learned"

@@ -537,7 +537,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "glance": glance,
     "variants": lambda: compared(runs("variants")),
     "curve": curve,
-    "experts": experts,
     "use": use,
     "probes": probes,
     "cuts": lambda: cuts(whole=False),
@@ -548,7 +547,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def of_question(name: str) -> str:
     """The tables of a question of run.py."""
     several = {"inside": ("probes", "cuts, all", "use")}
-    tables = TABLES | {"lag": lag, "sizes": sizes, "passes": passes}
+    tables = TABLES | {"lag": lag, "sizes": sizes, "passes": passes, "experts": experts}
     return "\n\n".join(
         tables[table]() if table in tables else compared(runs(table))
         for table in several.get(name, (name,))
