@@ -15,6 +15,7 @@ def rows_of(result, *names):
     return {tuple(row[name] for name in names): row for row in result["rows"]}
 
 
+@pytest.mark.slow
 def test_its_rows_make_sense(tmp_path, monkeypatch):
     """One part as the command runs it, another one inside this process, which saves imports."""
     import bench_gpu  # here, since it imports transformers
