@@ -447,12 +447,11 @@ def active(rows: list[dict]) -> float:
 def curve() -> str:
     """Active size and loss."""
     found = runs("curve")
-    heads = "| seeds: | parameters: | experts on: | active parameters: | loss: | to dense:"
+    heads = "| seeds: | parameters: | experts on: | active parameters: | loss: | to dense: |"
     return markdown(heads, (
         (name, str(len(rows)), f"{rows[0]['parameters']:,}",
          percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None),
-         f"{active(rows):,.0f}", f"{mean(rows):.3f}",
-         show_difference(rows, found["dense, 84 wide"]))
+         f"{active(rows):,.0f}", f"{mean(rows):.3f}", *judged(rows, found["dense, 84 wide"]))
         for name, rows in found.items()
     ))  # fmt: skip
 
