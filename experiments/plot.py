@@ -71,7 +71,8 @@ def glance() -> None:
         delta, half = statistics.mean(deltas), 0 if name == "GPT" else interval(deltas)
         fill = "none" if name in ("GPT, 84 wide", "GPT, 2 layers") else color
         ax.errorbar(cost, delta, half, fmt="o", color=color, capsize=2, markerfacecolor=fill)
-        at, side = ((-6, left[name]), "right") if name in left else ((6, -4), "left")
+        low = -14 if name == "lean, own keys and values" else -4
+        at, side = ((-6, left[name]), "right") if name in left else ((6, low), "left")
         ax.annotate(
             name, (cost, delta), at, textcoords="offset points", ha=side, color=color, fontsize=9
         )
@@ -80,30 +81,6 @@ def glance() -> None:
     ax.set_xlabel("thousand operations a token of a prompt")
     ax.set_ylabel("loss less the GPT's, nats per character")
     save("glance")
-
-
-def lag() -> None:
-    """The loss against the layers on the critical path, for three depths."""
-    found = runs("lag")
-    _, ax = plt.subplots(figsize=(5.4, 3.8))
-    for L, color in ((2, GREEN), (4, BLUE), (8, ORANGE)):
-        for form, style in (("", "o-"), (", not lateral", "o:")):
-            of_form = {k: found.get(f"{L} + {L} layers, lag {k}{form}") for k in range(L + 1)}
-            points = [(min(L + 1 + k, 2 * L), rows) for k, rows in of_form.items() if rows]
-            ax.errorbar(
-                [path for path, _ in points], [mean(rows) for _, rows in points],
-                [spread(rows) for _, rows in points], fmt=style, color=color, capsize=2,
-            )  # fmt: skip
-            path, rows = points[-1]
-            label = f"{L} + {L}{form}"
-            ax.annotate(
-                label, (path, mean(rows)), (5, 2), textcoords="offset points", color=color,
-                fontsize=9,
-            )  # fmt: skip
-    ax.margins(x=0.15)
-    ax.set_xlabel("layers on the critical path (left: side by side, right: in series)")
-    ax.set_ylabel("validation loss, nats per character")
-    save("lag")
 
 
 def curve() -> None:
@@ -152,8 +129,8 @@ def probes() -> None:
     lines = {  # (model, stack): how it is drawn
         ("lean", "d"): (GREEN, "s-", "lean, decoder"),
         ("lean", "e"): (GREEN, "o--", "lean, encoder"),
-        ("canonical", "d"): (BLUE, "s-", "canonical, decoder"),
-        ("canonical", "e"): (BLUE, "o--", "canonical, encoder"),
+        ("lateral=False", "d"): (BLUE, "s-", "without lateral, decoder"),
+        ("lateral=False", "e"): (BLUE, "o--", "without lateral, encoder"),
         ("GPT", "d"): (ORANGE, "^-", "GPT"),
     }
     _, ax = plt.subplots(figsize=(5.4, 3.8))
@@ -196,5 +173,5 @@ def experts() -> None:
 
 
 if __name__ == "__main__":
-    for draw in (loss, glance, lag, curve, variants, probes, experts):
+    for draw in (loss, glance, curve, variants, probes, experts):
         draw()
