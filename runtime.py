@@ -186,9 +186,16 @@ class Output:
     is full; then SIGPIPE comes into `caught`."""
 
     def __init__(self, stream: Any, caught: list[int]):
-        self.stream, self.caught = stream, caught
+        self.stream, self.caught, self.clear = stream, caught, ""
+
+    def renew(self, line: str) -> None:
+        """Writes a line of a terminal, in whose place the next text will come."""
+        self.write(line)
+        self.stream.flush()
+        self.clear = "\r\x1b[K"
 
     def write(self, text: str) -> int:
+        text, self.clear = self.clear + text, ""
         try:
             return self.stream.write(text)
         except OSError as error:

@@ -3,6 +3,7 @@
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+    python sample.py --out_dir=out-shakespeare-char --interactive
     python sample.py --out_dir=out-shakespeare-char --show_experts --html=experts.html
     python sample.py --out_dir=out-shakespeare-char --read=FILE:mine.txt --html=mine.html
 
@@ -13,6 +14,7 @@ import codecs
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -44,6 +46,7 @@ seed = 1337  # the same gives the same text; the first sample is the same for an
 show_experts = False  # colour each token by its experts, in a terminal or with FORCE_COLOR set
 html = ""  # a page to write, which shows what the model, and its experts, do at each token
 read = ""  # a text, or FILE:path, to show with html or show_experts; nothing is sampled
+interactive = False  # you type, the model goes on, and so forth
 checkpoint = "ckpt.pt"  # or ckpt_best.pt, where train.py left one
 device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
 dtype = "auto"  # of weights and cache: as in train.py; or bfloat16, float16, float32
@@ -97,6 +100,47 @@ def given(name: str) -> str:
         raise ValueError(f"{name}: cannot read the file {path!r}: {reason}") from None
 
 
+def draw(ids: list[int], number: int, as_it_comes: bool) -> tuple[list[Sample], bool]:
+    """Texts that go on from these tokens, printed as they come or not; and whether by Ctrl-C the
+    user ended them before their time."""
+    samples, interrupted = [Sample(ids) for _ in range(number)], False
+    prompt = torch.tensor([ids], device=device).expand(number, -1)
+    try:
+        for tokens in model.stream(prompt, max_new_tokens, **how):
+            for sample, token in zip(samples, tokens[:, 0].tolist(), strict=True):
+                new = "" if sample.ended else sample.add(token)
+                if as_it_comes:
+                    print(shown(new), end="", flush=True)
+            if all(sample.ended for sample in samples):
+                break
+    except KeyboardInterrupt:  # what there is counts
+        interrupted = True
+    for sample in samples:
+        rest = "" if sample.ended else sample.add(final=True)
+        if as_it_comes:
+            print(shown(rest))
+    return samples, interrupted
+
+
+def converse() -> NoReturn:
+    """Goes on from what the user types, and from all that stands before it, again and again."""
+    print("Type, and the model goes on. \\n is a line end. Ctrl-C stops a text, Ctrl-D ends.")
+    text = []
+    while True:
+        try:
+            typed = input("> ").replace("\\n", "\n")
+        except EOFError:
+            print()
+            sys.exit(0)
+        try:
+            text += tokenizer.encode(typed)
+        except ValueError as error:
+            print(error)
+            continue
+        (sample,), _ = draw(text or ids, 1, as_it_comes=True)
+        text = sample.ids
+
+
 try:
     device = pick_device(device)
     model, tokenizer = load(out_dir, device, checkpoint)
@@ -120,28 +164,14 @@ try:
     compile = compile and compiler_works(device)
     if compile:
         compile_step(model, options={"cpp_wrapper": device == "cpu"})  # calls the graph sooner
-    samples = [Sample(ids) for _ in range(num_samples)]
+    generator = torch.Generator(device).manual_seed(seed)
+    how = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, generator=generator)
+    if interactive:
+        converse()
     as_it_comes = num_samples == 1 and not show_experts
     if as_it_comes:
         print(shown(start), end="", flush=True)
-    prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
-    generator = torch.Generator(device).manual_seed(seed)
-    how = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, generator=generator)
-    interrupted = False
-    try:
-        for tokens in model.stream(prompt, max_new_tokens, **how):
-            for sample, token in zip(samples, tokens[:, 0].tolist(), strict=True):
-                new = "" if sample.ended else sample.add(token)
-                if as_it_comes:
-                    print(shown(new), end="", flush=True)
-            if all(sample.ended for sample in samples):
-                break
-    except KeyboardInterrupt:  # what there is counts
-        interrupted = True
-    for sample in samples:
-        rest = "" if sample.ended else sample.add(final=True)
-        if as_it_comes:
-            print(shown(rest))
+    samples, interrupted = draw(ids, num_samples, as_it_comes)
     seen = []
     if show_experts or html:
         rows = [torch.tensor([sample.ids], device=device) for sample in samples]

@@ -235,7 +235,7 @@ def save_checkpoint(is_best: bool) -> None:
 
 
 def log_iteration(logged: torch.Tensor) -> None:
-    """Prints the line of an iteration, with the mean time of those since the last line."""
+    """Shows an iteration, with the mean time of those since the last one that was shown."""
     global last, last_iter
     if DDP:
         dist.all_reduce(logged)
@@ -243,12 +243,10 @@ def log_iteration(logged: torch.Tensor) -> None:
     now = time.perf_counter()
     dt, last, last_iter = (now - last) / (iter_num + 1 - last_iter), now, iter_num + 1
     left = round(max_seconds - seconds if max_seconds else dt * (max_iters - last_iter))
-    shown = f", experts on {experts_on:.1%}" if has_experts else ""
-    print(
-        f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, {tokens_per_iter / dt:,.0f} "
-        f"tok/s, mfu {estimate_mfu(raw_model, micro_steps * batch_size, dt):.0%}, "
-        f"{left // 60}:{left % 60:02} left{shown}"
-    )
+    mfu = estimate_mfu(raw_model, micro_steps * batch_size, dt)
+    on = experts_on if has_experts else None
+    done = schedule_iter / max_iters
+    log.show_iteration(iter_num, loss, dt, tokens_per_iter / dt, mfu, left, on, done)
 
 
 def not_finite(what: str, loss: float, may_pass: bool = False) -> None:

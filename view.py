@@ -1,7 +1,11 @@
-"""What a run shows: its speed, whether it can be compiled, a sample, and what the experts do.
+"""What runs show: their speed, a sample, what the experts do, and how several runs compare.
 
-sample.py shows texts, in a terminal by `--show_experts`, as a page by `--html=FILE`. Probes and
-figures for the docs are in experiments/.
+    python view.py out-a out-b out-c                        a table of these runs
+    python view.py out-a out-b out-c --html=runs.html       and a page with their curves
+
+sample.py shows texts, in a terminal by `--show_experts`, as a page by `--html=FILE`; a notebook
+shows that page by view.show(model, tokenizer, text). Probes and figures for the docs are in
+experiments/.
 """
 
 import base64
@@ -9,17 +13,20 @@ import codecs
 import hashlib
 import html
 import json
+import math
 import string
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import pick_dtype, printable
+from checkpoint import OF_EACH_CALL
+from configurator import fail, pick_dtype, printable
 from model import Attention, ParallelEncoderDecoder, evaluation, mask_statistics, window_start
 from prepare_shakespeare import Tokenizer
 
@@ -191,10 +198,7 @@ def in_colour(seen: Seen) -> str:
 
 
 def page(texts: list[Seen]) -> str:
-    """One page that needs nothing else: the texts, and view.html, which shows them.
-
-    Of scripts the page runs its own alone, whatever the texts hold: the browser checks its hash.
-    """
+    """The texts, and view.html, which shows them."""
 
     def steps(m: Tensor) -> list[list[int]]:
         return (63 * m + 0.5).int().flatten(1).tolist()  # 32 and more are on
@@ -220,9 +224,101 @@ def page(texts: list[Seen]) -> str:
         ],
         "words": [*words],
     }
+    return filled("view.html", data)
+
+
+def filled(template: str, data: dict[str, Any]) -> str:
+    """A page that needs nothing else: the template, with the data.
+
+    Of scripts the page runs its own alone, whatever the data hold: the browser checks its hash.
+    """
     # As JSON inside a script element, which "<" could end; the page writes text as text alone.
     values = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     script = text.rpartition("<script>")[2].partition("</script>")[0]
     sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return text.replace("{{sha256}}", sha256, 1).replace("{{data}}", values, 1)
+
+
+# ---- runs side by side ------------------------------------------------------
+
+
+def read_run(folder: str) -> dict[str, Any]:
+    """What a run has so far; ValueError if its log has no evaluation."""
+    import log  # here, since it imports what training stands on
+
+    path = Path(folder).expanduser()
+    rows, settings = log.read_log(path), {}
+    kept = ("iter", "seconds", "val_loss", "experts_on")
+    curve = [{k: row[k] for k in kept if k in row} for row in rows if "val_loss" in row]
+    if not curve:
+        raise ValueError(f"{folder}: log.jsonl is missing, or has no evaluation yet")
+    for name in ("ckpt.pt", "ckpt_best.pt"):  # the settings; a run that just began has none yet
+        with suppress(Exception):
+            saved = torch.load(path / name, map_location="cpu", weights_only=True, mmap=True)
+            settings = {k: v for k, v in saved["config"].items() if k not in OF_EACH_CALL}
+            break
+    closing = next((row for row in reversed(rows) if "whole_val_loss" in row), {})
+    best = min(curve, key=lambda row: row["val_loss"])
+    state = "runs" if log.is_locked(path) else "finished" if closing else "stopped"
+    return {
+        "name": folder, "state": state, "settings": settings, "curve": curve,
+        "best": best["val_loss"], "best_iter": best["iter"],
+        "whole": closing.get("whole_val_loss"),
+        "experts_on": closing.get("experts_on"),
+        "tokens": math.prod(
+            settings.get(k, 1) for k in ("gradient_accumulation_steps", "batch_size", "block_size")
+        ),
+    }  # fmt: skip
+
+
+def differing(runs: list[dict[str, Any]]) -> list[str]:
+    """The settings in which runs differ, of those whose settings are known."""
+    known = [run["settings"] for run in runs if run["settings"]]
+    names = dict.fromkeys(name for settings in known for name in settings)
+    return [name for name in names if len({repr(s.get(name)) for s in known}) > 1]
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """The runs as lines of text, in columns."""
+    names = differing(runs)
+    lines = [["run", "", "step", "seconds", "best loss", "at step", "whole split", "experts on"]]
+    lines[0] += names
+    for run in runs:
+        last = run["curve"][-1]
+        whole = "" if run["whole"] is None else f"{run['whole']:.4f}"
+        on = "" if run["experts_on"] is None else f"{run['experts_on']:.1%}"
+        cells = [f"{last['iter']:,}", f"{last['seconds']:,.0f}", f"{run['best']:.4f}"]
+        cells += [f"{run['best_iter']:,}", whole, on]
+        cells += [str(run["settings"].get(name, "?")) for name in names]
+        lines.append([run["name"], run["state"], *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def aligned(cells: list[str]) -> str:
+        left = [cell.ljust(w) for cell, w in zip(cells[:2], widths[:2], strict=True)]
+        return "  ".join(left + [c.rjust(w) for c, w in zip(cells[2:], widths[2:], strict=True)])
+
+    return "\n".join(printable(aligned(cells).rstrip()) for cells in lines)
+
+
+def main(args: list[str]) -> None:
+    pages = [arg.removeprefix("--html=") for arg in args if arg.startswith("--html=")]
+    folders = [arg for arg in args if not arg.startswith("-")]
+    unknown = [arg for arg in args if arg.startswith("-") and not arg.startswith("--html=")]
+    if unknown or not folders:
+        asks = not set(unknown) - {"-h", "--help"}
+        print(__doc__ if asks else f"view.py: {unknown[0]}: unknown; there is --html=FILE")
+        sys.exit(0 if asks else 2)
+    try:
+        runs = [read_run(folder) for folder in folders]
+        print(table(runs))
+        for path in pages:
+            data = {"runs": runs, "differing": differing(runs)}
+            Path(path).write_text(filled("view_runs.html", data), encoding="utf-8", newline="\n")
+            print(f"{path}: written; open it in a browser", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
