@@ -19,13 +19,11 @@ FIELDS = dict(
 TEXT = "the quick brown fox,\njumps over the lazy dog. and again, and again."
 SIZES = [(390, 844), (1280, 800)]
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        not (shutil.which("chromium") and shutil.which("chromedriver")),
-        reason="no chromium and chromedriver on PATH: apt-get install chromium chromium-driver",
-    ),
-]
+needs_chromium = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="no chromium and chromedriver on PATH: apt-get install chromium chromium-driver",
+)
+pytestmark = [pytest.mark.browser, needs_chromium]
 
 # What is drawn under each text, by the alpha of all that lies below it; and the least contrast.
 LEAST_CONTRAST = """
