@@ -244,8 +244,7 @@ def log_iteration(logged: torch.Tensor) -> None:
     dt, last, last_iter = (now - last) / (iter_num + 1 - last_iter), now, iter_num + 1
     left = round(max_seconds - seconds if max_seconds else dt * (max_iters - last_iter))
     mfu = estimate_mfu(raw_model, micro_steps * batch_size, dt)
-    on = experts_on if has_experts else None
-    done = schedule_iter / max_iters
+    on, done = experts_on if has_experts else None, schedule_iter / max_iters
     log.show_iteration(iter_num, loss, dt, tokens_per_iter / dt, mfu, left, on, done)
 
 
