@@ -60,7 +60,7 @@ MODELS = {  # settings and peer of the first table's models
     "GPT, 84 wide": ("--arch=decoder_only --n_layer=3 --n_embd=84", ""),
     "GPT, 2 layers": ("--arch=decoder_only --n_layer=2 --n_embd=116", ""),
 }
-LEAN = f"{PRESENT} --n_embd=84"  # with shared_kv
+LEAN = f"{PRESENT} {MODELS['lean'][0]}"
 CANONICAL = f"{PRESENT} {FULL} --position_embedding=learned --token_shift=False --n_embd=76"
 EXPERTS = (  # penalties as in config/shakespeare_char_sparse.py
     f"{LEAN} --n_expert=16 --router_input=encoder --l1_norm=linear --l1_weight=0.25 "

@@ -168,18 +168,18 @@ def summary() -> str:
 
 def recipe(seeds: tuple[int, ...] = FAST) -> str:
     """The presets, each seed; or the lowest and the highest loss of many."""
-    found = recipe_runs(seeds)
+    found, few = recipe_runs(seeds), len(seeds) == 5
     lines = []
     for rows in found.values():
         each = [f"{row['val_loss']:.3f}" for row in rows]
-        losses = ", ".join(each) if len(seeds) == 5 else f"{len(each)}: {min(each)} to {max(each)}"
+        losses = ", ".join(each) if few else f"{len(each)}: {min(each)} to {max(each)}"
         steps = statistics.median(row["iterations"] for row in rows)
         lines.append((
             f"`{rows[0]['settings']}`", f"{rows[0]['parameters']:,}", f"{steps:,.0f}", losses,
             f"{mean(rows):.3f}", show_difference(rows, found["decoder_only"]),
             percent(None if rows[0]["experts_on"] is None else mean(rows, "experts_on")),
         ))  # fmt: skip
-    shown = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) == 5 else "seeds"
+    shown = f"seeds {seeds[0]} to {seeds[-1]}" if few else "seeds"
     heads = f"| parameters: | iterations: | {shown} | mean: | to GPT: | experts on:"
     return markdown(heads, lines)
 
