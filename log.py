@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
-from shutil import which
+from shutil import get_terminal_size, which
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,19 @@ def lock_folder(settings: dict[str, Any]) -> None:
             fail(f"out_dir={folder!r}: another run is writing there; choose another --out_dir")
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run is writing there now; where there are no such locks, False."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        with open(folder / ".lock", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
 def start(settings: dict[str, Any], resumed_at: int | None) -> None:
     """Begins the log of a new run, or of one `resumed_at` an iteration, here and at wandb."""
     if MASTER:
@@ -49,6 +62,27 @@ def start(settings: dict[str, Any], resumed_at: int | None) -> None:
             moved = start_log(folder, resumed_at)
         for path in moved:
             print(f"{path}, of an earlier run, is now {path.name}.old")
+
+
+def show_iteration(
+    iter_num: int, loss: float, dt: float, tokens_per_second: float, mfu: float, left: int,
+    done: float, experts_on: float | None = None,
+) -> None:  # fmt: skip
+    """Prints the line of an iteration; in a terminal it takes the place of the one before, with a
+    bar for the share of the run that is done. An mfu over 1 is of a peak that was measured while
+    something else was running: it is left out."""
+    if not MASTER:
+        return
+    time_left = f"{left // 60}:{left % 60:02} left"
+    on = "" if experts_on is None else f", experts on {experts_on:.1%}"
+    speed = f"{tokens_per_second:,.0f} tok/s" + (f", mfu {mfu:.0%}" if mfu <= 1 else "")
+    if not (sys.stdout.isatty() and hasattr(sys.stdout, "renew")):
+        time = f"time {dt * 1000:.2f}ms"
+        print(f"iter {iter_num}: loss {loss:.4f}, {time}, {speed}, {time_left}{on}")
+        return
+    bar = "#" * round(20 * done)
+    line = f"[{bar:.<20}] {time_left}, iter {iter_num}: loss {loss:.4f}, {speed}{on}"
+    sys.stdout.renew(line[: get_terminal_size().columns - 1])
 
 
 def add(settings: dict[str, Any], row: dict[str, float | list]) -> None:

@@ -94,7 +94,6 @@ def agree(*values: float) -> list[float]:
 
 def leave(status: int) -> NoReturn:
     """Ends this process when all are here: the master may still be evaluating, or saving."""
-    sys.stdout.flush()  # here, where it fails with one line
     UNDO.close()
     if not DDP:
         sys.exit(status)
@@ -110,7 +109,6 @@ def end_run(message: str) -> NoReturn:
             fail(message)
     finally:
         if DDP:  # as in `leave`
-            sys.stdout.flush()
             os._exit(2)
 
 
@@ -182,15 +180,21 @@ def catch_signals() -> list[int]:
 
 
 class Output:
-    """A stream that takes text also where it cannot write it, as the terminal is gone, or the disk
-    is full; then SIGPIPE comes into `caught`."""
+    """A stdout that never fails: if its disk is full or its reader gone, `caught` gets SIGPIPE."""
 
     def __init__(self, stream: Any, caught: list[int]):
-        self.stream, self.caught = stream, caught
+        self.stream, self.caught, self.clear = stream, caught, ""
+
+    def renew(self, line: str) -> None:
+        """Writes a line that the next text replaces, in a terminal."""
+        self.write(line)
+        self.clear = "\r\x1b[K"
 
     def write(self, text: str) -> int:
+        text, self.clear = self.clear + text, ""
         try:
-            return self.stream.write(text)
+            self.stream.write(text)
+            self.stream.flush()
         except OSError as error:
             self.caught.append(13)  # SIGPIPE, which Windows lacks
             to_nowhere(self.stream)
@@ -198,7 +202,7 @@ class Output:
                 print(f"train.py: its output cannot be written ({error})", file=sys.stderr)
             except OSError:
                 to_nowhere(sys.stderr)
-            return len(text)
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

@@ -3,7 +3,9 @@
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+    python sample.py --out_dir=out-shakespeare-char --interactive
     python sample.py --out_dir=out-shakespeare-char --show_experts --html=experts.html
+    python sample.py --out_dir=out-shakespeare-char --read=FILE:mine.txt --html=mine.html
 
 From Python, use checkpoint.load and model.generate instead.
 """
@@ -12,6 +14,7 @@ import codecs
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -28,7 +31,7 @@ from configurator import (
 )
 from model import compile_step
 from prepare_shakespeare import text_of
-from view import compiler_works, in_colour, see, write_html
+from view import compiler_works, in_colour, page, see
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # the folder of the run
@@ -41,7 +44,9 @@ top_k = 200  # draw from the k likeliest tokens only; 0: from all
 top_p = 1.0  # draw from the fewest tokens that hold this probability; 1: from all
 seed = 1337  # the same gives the same text; the first sample is the same for any num_samples
 show_experts = False  # colour each token by its experts, in a terminal or with FORCE_COLOR set
-html = ""  # a page to write, which shows what the experts do at each token
+html = ""  # a page to write, which shows what the model, and its experts, do at each token
+read = ""  # a text, or FILE:path, to show with html or show_experts; nothing is sampled
+interactive = False  # you type, the model goes on, and so forth
 checkpoint = "ckpt.pt"  # or ckpt_best.pt, where train.py left one
 device = "auto"  # CUDA, else MPS, else CPU; or cpu, cuda, cuda:1, mps
 dtype = "auto"  # of weights and cache: as in train.py; or bfloat16, float16, float32
@@ -56,6 +61,8 @@ if not 0 < top_p <= 1:
     fail(f"top_p={top_p}: must be in (0, 1]; 1 draws from all tokens")
 if not 0 <= seed < 2**63:
     fail(f"seed={seed}: must be from 0 to 2**63 - 1")
+if read and not (html or show_experts):
+    fail("read: shows a text with --html=FILE or --show_experts; give one of them")
 if html and (Path(html).is_dir() or not Path(html).parent.is_dir()):
     fail(f"html={html!r}: must be a file in a folder that exists")
 shown = printable if sys.stdout.isatty() else str
@@ -80,44 +87,24 @@ class Sample:
         return self.text[before:]
 
 
-try:
-    device = pick_device(device)
-    model, tokenizer = load(out_dir, device, checkpoint)
-    model.to(getattr(torch, pick_dtype(dtype, device)))
-    if (show_experts or html) and model.config.n_expert == 0:
-        raise ValueError(f"{out_dir}/{checkpoint}: n_expert=0: this model has no experts to show")
-    if show_experts and not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
-        show_experts = False
-        why = "no colours, as this is no terminal; FORCE_COLOR=1 asks for them anyway"
-        print(f"sample.py: {why}", file=sys.stderr)
-    if start.startswith("FILE:"):
-        start_path = start.removeprefix("FILE:")
-        try:
-            start = text_of(Path(start_path).expanduser().read_bytes(), tokenizer.kind)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"start: cannot read the file {start_path!r}: {reason}") from None
-    elif "start" in settings.where:
-        start = start.replace("\\n", "\n")  # as one writes it in a shell
-    else:  # a line end, where the text has one
-        start = tokenizer.prompt
-    stop = stop.replace("\\n", "\n")
-    ids = tokenizer.encode(start)
-    if not ids:
-        raise ValueError("start: is empty; give at least one character")
-    tokenizer.encode(stop)  # which a vocabulary that lacks a character of it could never write
+def given(name: str) -> str:
+    """The text of a setting, in which \\n is a line end; or of the file that FILE:path names."""
+    value = settings[name]
+    if not value.startswith("FILE:"):
+        return value.replace("\\n", "\n")
+    path = value.removeprefix("FILE:")
+    try:
+        return text_of(Path(path).expanduser().read_bytes(), tokenizer.kind)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name}: cannot read the file {path!r}: {reason}") from None
 
-    compile = compile and compiler_works(device)
-    if compile:
-        compile_step(model, options={"cpp_wrapper": device == "cpu"})  # calls the graph sooner
-    samples = [Sample(ids) for _ in range(num_samples)]
-    as_it_comes = num_samples == 1 and not show_experts
-    if as_it_comes:
-        print(shown(start), end="", flush=True)
-    prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
-    generator = torch.Generator(device).manual_seed(seed)
-    how = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, generator=generator)
-    interrupted = False
+
+def draw(ids: list[int], number: int, as_it_comes: bool) -> tuple[list[Sample], bool]:
+    """Texts that go on from these tokens, printed as they come or not; and whether by Ctrl-C the
+    user ended them before their time."""
+    samples, interrupted = [Sample(ids) for _ in range(number)], False
+    prompt = torch.tensor([ids], device=device).expand(number, -1)
     try:
         for tokens in model.stream(prompt, max_new_tokens, **how):
             for sample, token in zip(samples, tokens[:, 0].tolist(), strict=True):
@@ -132,6 +119,59 @@ try:
         rest = "" if sample.ended else sample.add(final=True)
         if as_it_comes:
             print(shown(rest))
+    return samples, interrupted
+
+
+def converse() -> NoReturn:
+    """Goes on from what the user types, and from all that stands before it, again and again."""
+    print("Type, and the model goes on. \\n is a line end. Ctrl-C stops a text, Ctrl-D ends.")
+    text = []
+    while True:
+        try:
+            typed = input("> ").replace("\\n", "\n")
+        except EOFError:
+            print()
+            sys.exit(0)
+        try:
+            text += tokenizer.encode(typed)
+        except ValueError as error:
+            print(error)
+            continue
+        (sample,), _ = draw(text or ids, 1, as_it_comes=True)
+        text = sample.ids
+
+
+try:
+    device = pick_device(device)
+    model, tokenizer = load(out_dir, device, checkpoint)
+    model.to(getattr(torch, pick_dtype(dtype, device)))
+    if show_experts and model.config.n_expert == 0:
+        raise ValueError(f"{out_dir}/{checkpoint}: n_expert=0: this model has no experts to show")
+    if show_experts and not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
+        show_experts = False
+        why = "no colours, as this is no terminal; FORCE_COLOR=1 asks for them anyway"
+        print(f"sample.py: {why}", file=sys.stderr)
+    if read:
+        start, num_samples, max_new_tokens = given("read"), 1, 0
+    else:  # a line end, where the text has one
+        start = given("start") if "start" in settings.where else tokenizer.prompt
+    stop = stop.replace("\\n", "\n")
+    ids = tokenizer.encode(start)
+    if not ids:
+        raise ValueError(f"{'read' if read else 'start'}: is empty; give at least one character")
+    tokenizer.encode(stop)  # which a vocabulary that lacks a character of it could never write
+
+    compile = compile and compiler_works(device)
+    if compile:
+        compile_step(model, options={"cpp_wrapper": device == "cpu"})  # calls the graph sooner
+    generator = torch.Generator(device).manual_seed(seed)
+    how = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, generator=generator)
+    if interactive:
+        converse()
+    as_it_comes = num_samples == 1 and not show_experts
+    if as_it_comes:
+        print(shown(start), end="", flush=True)
+    samples, interrupted = draw(ids, num_samples, as_it_comes)
     seen = []
     if show_experts or html:
         rows = [torch.tensor([sample.ids], device=device) for sample in samples]
@@ -141,7 +181,7 @@ try:
             print(in_colour(seen[k]) if show_experts else shown(start + sample.text))
             print("---------------")
     if html:
-        write_html(html, seen)
+        Path(html).write_text(page(seen), encoding="utf-8", newline="\n")
         print(f"{html}: written; open it in a browser", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(130 if interrupted else 0)

@@ -235,20 +235,16 @@ def save_checkpoint(is_best: bool) -> None:
 
 
 def log_iteration(logged: torch.Tensor) -> None:
-    """Prints the line of an iteration, with the mean time of those since the last line."""
+    """Shows an iteration, with the mean time of those since the last one that was shown."""
     global last, last_iter
     if DDP:
         dist.all_reduce(logged)
-    loss, experts_on = (logged / WORLD_SIZE).tolist()  # waits for the device
+    loss, *experts_on = (logged / WORLD_SIZE).tolist()[: 1 + has_experts]  # waits for the device
     now = time.perf_counter()
     dt, last, last_iter = (now - last) / (iter_num + 1 - last_iter), now, iter_num + 1
     left = round(max_seconds - seconds if max_seconds else dt * (max_iters - last_iter))
-    shown = f", experts on {experts_on:.1%}" if has_experts else ""
-    print(
-        f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, {tokens_per_iter / dt:,.0f} "
-        f"tok/s, mfu {estimate_mfu(raw_model, micro_steps * batch_size, dt):.0%}, "
-        f"{left // 60}:{left % 60:02} left{shown}"
-    )
+    done, mfu = schedule_iter / max_iters, estimate_mfu(raw_model, micro_steps * batch_size, dt)
+    log.show_iteration(iter_num, loss, dt, tokens_per_iter / dt, mfu, left, done, *experts_on)
 
 
 def not_finite(what: str, loss: float, may_pass: bool = False) -> None:
@@ -364,15 +360,15 @@ if evaluates:
     loss, took = val.pop("cross_entropy"), f"after {iter_num} iterations, {seconds:.1f} s"
     shown = f"experts on {val['experts_on']:.1%}, " if has_experts else ""
     print(f"whole validation split: loss {loss:.4f}, {shown}{took}")
-    if not eval_only:
-        log.add(settings, {"iter": iter_num, "whole_val_loss": loss, **val, "seconds": seconds})
-    follows = decay_lr and min_lr < learning_rate and settings["lr_decay_iters"] == 0
-    follows = follows and not (max_seconds or eval_only)
+    if eval_only:
+        runtime.leave(0)
+    log.add(settings, {"iter": iter_num, "whole_val_loss": loss, **val, "seconds": seconds})
+    follows = decay_lr and min_lr < learning_rate and 0 == max_seconds == settings["lr_decay_iters"]
     if follows and best[1] >= 2 * warmup_iters and losses.get("val_loss", 0.0) > 1.01 * best[0]:
         shorter = f"a run with --max_iters={best[1]} is likely to be better"
         print(f"the validation loss has risen since step {best[1]}: {shorter}")
-    if not eval_only and not fsdp:  # which would gather all layers for each token
+    if not fsdp:  # which would gather all layers for each token
         show_sample(raw_model, tokenizer, seed)
-    if not eval_only and path.exists():
+    if path.exists():
         print("More of it:", log.command_to_sample(out_dir, tokenizer.prompt))
 runtime.leave(0)

@@ -1,28 +1,38 @@
-"""What a run shows: its speed, whether it can be compiled, a sample, and what the experts do.
+"""What runs show: their speed, a sample, what the experts do, and how several runs compare.
 
-sample.py shows texts, in a terminal by `--show_experts`, as a page by `--html=FILE`. Probes and
-figures for the docs are in experiments/.
+    python view.py out-a out-b out-c                        a table of these runs
+    python view.py out-a out-b out-c --html=runs.html       and a page with their curves
+
+sample.py shows texts, in a terminal by `--show_experts`, as a page by `--html=FILE`; a notebook
+shows that page by view.show(model, tokenizer, text). Probes and figures for the docs are in
+experiments/.
 """
 
 import base64
 import codecs
 import hashlib
+import html
 import json
+import math
+import string
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import pick_dtype, printable
+from checkpoint import OF_EACH_CALL
+from configurator import fail, pick_dtype, printable
 from model import Attention, ParallelEncoderDecoder, evaluation, mask_statistics, window_start
 from prepare_shakespeare import Tokenizer
 
 SAMPLED = 300  # tokens, at the end of a run
 N_LIKELY = 8  # next tokens that the page shows for each token
+DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "-_"  # of view.html
 OFF, ON = (38, 70, 131), (244, 162, 58)  # RGB of the least and the largest share of experts on
 
 
@@ -103,9 +113,15 @@ class Seen(NamedTuple):
     """One text of T tokens, and what the model made of each."""
 
     tokens: list[str]  # a BPE token that ends inside a character is empty, its successor has it
-    on: Tensor  # (T, L, stacks, G), bool: the experts that were on when the token was read
+    loss: list[float | None]  # of each token, given those before, in nats; None of the first
     likely: list[list[tuple[str, float]]]  # the likeliest next tokens, with their probabilities
     came: list[int]  # which of them came next; -1: none of them
+    m: Tensor  # (T, L, stacks, G): the masks when the token was read; G = 0 without experts
+
+    @property
+    def on(self) -> Tensor:
+        """(T, L, stacks, G), bool: the experts that were on."""
+        return self.m >= 0.5
 
 
 @torch.inference_mode()
@@ -113,21 +129,45 @@ def see(model: ParallelEncoderDecoder, tokenizer: Tokenizer, text: Tensor) -> Se
     """Looks at a text (1, T) through the windows that generation reads, as if it had drawn all."""
     ids, length, block_size = text[0].tolist(), text.size(1), model.config.block_size
     starts = [window_start(end, block_size) for end in range(1, length + 1)]
-    on, likely, came = [], [], []
+    loss, likely, came, m = [None], [], [], []
     for start in sorted(set(starts)):
         first, last = starts.index(start), length - 1 - starts[::-1].index(start)
         window, new = text[:, start : last + 1], slice(first - start, last + 1 - start)
-        masks = model.expert_masks(window).used[:, :, 0, new]  # (L, stacks, T, G)
-        on.append(masks.permute(2, 0, 1, 3).cpu() > 0.5)
-        likeliest = all_logits(model, window)[0, new].softmax(dim=-1)
-        likeliest = likeliest.topk(min(N_LIKELY, likeliest.size(-1)))
-        for k, (p, after) in enumerate(zip(*map(Tensor.tolist, likeliest), strict=True), first + 1):
-            likely.append([(tokenizer.decode([i]), p) for i, p in zip(after, p, strict=True)])
-            came.append(after.index(ids[k]) if k < length and ids[k] in after else -1)
+        if model.config.n_expert > 0:
+            masks = model.expert_masks(window).learned[:, :, 0, new]  # (L, stacks, T, G)
+            m.append(masks.permute(2, 0, 1, 3).float().cpu())
+        logs = all_logits(model, window)[0, new].float().log_softmax(dim=-1)
+        after = text[0, first + 1 : last + 2]
+        loss += (-logs[: len(after)].gather(1, after[:, None])).flatten().tolist()
+        likeliest = logs.exp().topk(min(N_LIKELY, logs.size(-1)))
+        for k, (p, of) in enumerate(zip(*map(Tensor.tolist, likeliest), strict=True), first + 1):
+            likely.append([(tokenizer.decode([i]), p) for i, p in zip(of, p, strict=True)])
+            came.append(of.index(ids[k]) if k < length and ids[k] in of else -1)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     tokens = [decoder.decode(tokenizer.decode_bytes([token])) for token in ids]
     tokens[-1] += decoder.decode(b"", final=True)
-    return Seen(tokens, torch.cat(on), likely, came)
+    return Seen(tokens, loss, likely, came, torch.cat(m) if m else torch.zeros(length, 0, 0, 0))
+
+
+class Page:
+    """What `show` gives: a notebook shows it below the cell."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def _repr_html_(self) -> str:
+        style = "width:100%;height:40rem;border:0"
+        return f'<iframe style="{style}" srcdoc="{html.escape(self.text)}"></iframe>'
+
+
+def show(model: ParallelEncoderDecoder, tokenizer: Tokenizer, text: str) -> Page:
+    """The page of `sample.py --html` in a notebook: what the model makes of a text. ValueError for
+    an empty one, and for a character that the vocabulary lacks."""
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError("text: is empty; give at least one character")
+    idx = torch.tensor([ids], device=model.tok_emb.weight.device)
+    return Page(page([see(model, tokenizer, idx)]))
 
 
 def all_logits(model: ParallelEncoderDecoder, window: Tensor) -> Tensor:
@@ -157,30 +197,128 @@ def in_colour(seen: Seen) -> str:
     return "".join(map(painted, seen.tokens, share)) + "\n" + legend
 
 
-def write_html(path: str | Path, texts: list[Seen]) -> None:
-    """One page that needs nothing else: the texts, and view.html, which shows them.
+def page(texts: list[Seen]) -> str:
+    """The texts, and view.html, which shows them."""
 
-    Of scripts the page runs its own alone, whatever the texts hold: the browser checks its hash.
-    """
-    layers, stacks, experts = texts[0].on.shape[1:]
+    def steps(m: Tensor) -> list[list[int]]:
+        return (63 * m + 0.5).int().flatten(1).tolist()  # 32 and more are on
+
+    words: dict[str, int] = {}
+    layers, stacks, experts = texts[0].m.shape[1:]
     data = {
         "layers": layers,
-        "stacks": ["encoder", "decoder"][-stacks:],
+        "stacks": ["encoder", "decoder"] if stacks == 2 else ["layer"] * stacks,
         "experts": experts,
         "texts": [
             {
                 "tokens": seen.tokens,
-                "on": ["".join(map(str, one.flatten().int().tolist())) for one in seen.on],
-                "likely": [[[t, round(p, 4)] for t, p in after] for after in seen.likely],
+                "loss": [None if x is None else round(x, 3) for x in seen.loss],
+                "m": ["".join(DIGITS[k] for k in of) for of in steps(seen.m)],
+                "likely": [
+                    [[words.setdefault(t, len(words)), round(1e4 * p)] for t, p in after]
+                    for after in seen.likely
+                ],
                 "came": seen.came,
             }
             for seen in texts
         ],
+        "words": [*words],
     }
+    return filled("view.html", data)
+
+
+def filled(template: str, data: dict[str, Any]) -> str:
+    """A page that needs nothing else: the template, with the data.
+
+    Of scripts the page runs its own alone, whatever the data hold: the browser checks its hash.
+    """
     # As JSON inside a script element, which "<" could end; the page writes text as text alone.
-    values = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    script = page.rpartition("<script>")[2].partition("</script>")[0]
+    values = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    script = text.rpartition("<script>")[2].partition("</script>")[0]
     sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = page.replace("{{sha256}}", sha256, 1).replace("{{data}}", values, 1)
-    Path(path).write_text(page, encoding="utf-8", newline="\n")
+    return text.replace("{{sha256}}", sha256, 1).replace("{{data}}", values, 1)
+
+
+# ---- runs side by side ------------------------------------------------------
+
+
+def read_run(folder: str) -> dict[str, Any]:
+    """What a run has so far; ValueError if its log has no evaluation."""
+    import log  # here, since it imports what training stands on
+
+    path = Path(folder).expanduser()
+    rows, settings = log.read_log(path), {}
+    kept = ("iter", "seconds", "val_loss", "experts_on")
+    curve = [{k: row[k] for k in kept if k in row} for row in rows if "val_loss" in row]
+    if not curve:
+        raise ValueError(f"{folder}: log.jsonl is missing, or has no evaluation yet")
+    for name in ("ckpt.pt", "ckpt_best.pt"):  # the settings; a run that just began has none yet
+        with suppress(Exception):
+            saved = torch.load(path / name, map_location="cpu", weights_only=True, mmap=True)
+            settings = {k: v for k, v in saved["config"].items() if k not in OF_EACH_CALL}
+            break
+    closing = next((row for row in reversed(rows) if "whole_val_loss" in row), {})
+    best = min(curve, key=lambda row: row["val_loss"])
+    state = "runs" if log.is_locked(path) else "finished" if closing else "stopped"
+    return {
+        "name": folder, "state": state, "settings": settings, "curve": curve,
+        "best": best["val_loss"], "best_iter": best["iter"],
+        "whole": closing.get("whole_val_loss"),
+        "experts_on": closing.get("experts_on"),
+        "tokens": math.prod(
+            settings.get(k, 1) for k in ("gradient_accumulation_steps", "batch_size", "block_size")
+        ),
+    }  # fmt: skip
+
+
+def differing(runs: list[dict[str, Any]]) -> list[str]:
+    """The settings in which runs differ, of those whose settings are known."""
+    known = [run["settings"] for run in runs if run["settings"]]
+    names = dict.fromkeys(name for settings in known for name in settings)
+    return [name for name in names if len({repr(s.get(name)) for s in known}) > 1]
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """The runs as lines of text, in columns."""
+    names = differing(runs)
+    lines = [["run", "", "step", "seconds", "best loss", "at step", "whole split", "experts on"]]
+    lines[0] += names
+    for run in runs:
+        last = run["curve"][-1]
+        whole = "" if run["whole"] is None else f"{run['whole']:.4f}"
+        on = "" if run["experts_on"] is None else f"{run['experts_on']:.1%}"
+        cells = [f"{last['iter']:,}", f"{last['seconds']:,.0f}", f"{run['best']:.4f}"]
+        cells += [f"{run['best_iter']:,}", whole, on]
+        cells += [str(run["settings"].get(name, "?")) for name in names]
+        lines.append([run["name"], run["state"], *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def aligned(cells: list[str]) -> str:
+        left = [cell.ljust(w) for cell, w in zip(cells[:2], widths[:2], strict=True)]
+        return "  ".join(left + [c.rjust(w) for c, w in zip(cells[2:], widths[2:], strict=True)])
+
+    return "\n".join(printable(aligned(cells).rstrip()) for cells in lines)
+
+
+def main(args: list[str]) -> None:
+    pages = [arg.removeprefix("--html=") for arg in args if arg.startswith("--html=")]
+    folders = [arg for arg in args if not arg.startswith("-")]
+    unknown = [arg for arg in args if arg.startswith("-") and not arg.startswith("--html=")]
+    if unknown or not folders:
+        asks = not set(unknown) - {"-h", "--help"}
+        print(__doc__ if asks else f"view.py: {unknown[0]}: unknown; there is --html=FILE")
+        sys.exit(0 if asks else 2)
+    try:
+        runs = [read_run(folder) for folder in folders]
+        print(table(runs))
+        for path in pages:
+            data = {"runs": runs, "differing": differing(runs)}
+            Path(path).write_text(filled("view_runs.html", data), encoding="utf-8", newline="\n")
+            print(f"{path}: written; open it in a browser", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

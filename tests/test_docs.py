@@ -84,7 +84,7 @@ def blocks(name, language):
 
 # What is appended to a command, so that it takes a second.
 SMALL = {"train.py": TINY, "sample.py": ["--max_new_tokens=20", "--device=cpu"]}
-SMALL["prepare_shakespeare.py"] = []
+SMALL |= {"prepare_shakespeare.py": [], "view.py": []}
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/settings.md", "docs/running.md"])

@@ -1,13 +1,17 @@
 """Tests of log.py: the log after damage, what is set aside, and the commands that are printed."""
 
+import contextlib
 import json
+import os
+import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
 import log
-from common import ROOT
+from common import OFFLINE, ROOT, TINY
 
 ROWS = [{"iter": k, "val_loss": 4.0 - k / 100} for k in (0, 10, 20)]
 TEXT = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
@@ -125,3 +129,37 @@ def test_a_shell_reads_a_printed_command_as_it_was_meant(name):
     done = subprocess.run(["bash", "-c", line], capture_output=True, check=True)
     assert done.stdout.decode() == name
     assert "$'" in line or shlex.split(line) == ["printf", "%s", name]
+
+
+@pytest.mark.parametrize("mfu, shown", [(0.35, ", mfu 35%"), (1.0, ", mfu 100%"), (2.33, "")])
+def test_the_line_of_an_iteration(mfu, shown, capsys):
+    """As nanoGPT's, and an mfu over 1 is none."""
+    log.show_iteration(20, 1.5, 0.25, 12345.6, mfu, 61, 0.1, 0.982)
+    line = f"iter 20: loss 1.5000, time 250.00ms, 12,346 tok/s{shown}, 1:01 left, experts on 98.2%"
+    assert capsys.readouterr().out == line + "\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
+def test_a_terminal_renews_one_line(workplace):
+    """What is to be seen in the end are the lines of the evaluations, and no iteration's."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(workplace)
+        command = [sys.executable, str(ROOT / "train.py"), *TINY]
+        os.execve(sys.executable, command, {**OFFLINE, "TERM": "xterm", "COLUMNS": "70"})
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    lines = shown.decode().split("\r\n")
+    renewed = [part for line in lines for part in line.split("\r\x1b[K")[:-1]]
+    bars = [re.match(r"\[(#*)\.*\] \d:\d\d left, iter (\d+): loss \d", part) for part in renewed]
+    assert [int(bar[2]) for bar in bars] == list(range(20))
+    assert [len(bar[1]) for bar in bars] == list(range(20))  # of 20
+    assert all(len(part) < 70 for part in renewed)
+    seen = [line.split("\r\x1b[K")[-1] for line in lines]
+    assert [s for s in seen if s.startswith("step")] and not [s for s in seen if "iter " in s]

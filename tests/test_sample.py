@@ -3,6 +3,8 @@
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from checkpoint import load
-from common import OFFLINE, call, fails_with, run, start, succeed
+from common import OFFLINE, ROOT, call, fails_with, run, start, succeed
 from prepare_shakespeare import prepare
 
 
@@ -145,3 +147,20 @@ def test_a_mistake_in_sampling_gets_one_line(args, said, trained):
 def test_a_model_without_experts_shows_none(trained):
     args = ("--out_dir=whole", "--show_experts", "--device=cpu")
     fails_with("n_expert=0: this model has no experts", trained[0], "sample.py", *args)
+
+
+def test_a_conversation_goes_on_from_all_that_stands_before(trained):
+    """What is typed, and the text behind it; a character that the vocabulary lacks is said."""
+    args = ("--out_dir=whole", "--device=cpu", "--max_new_tokens=20", "--temperature=0")
+    command = [sys.executable, ROOT / "sample.py", *args, "--interactive"]
+    done = subprocess.run(
+        command, cwd=trained[0], env=OFFLINE, input="def \n\u0416\n\\nclass\n",
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    said, first, lacks, second, end = done.stdout.split("> ")
+    assert said.startswith("Type, and the model goes on.") and end == "\n"
+    alone = succeed(trained[0], "sample.py", *args, "--start=def ", "--num_samples=1")
+    assert "def " + first == alone and "\u0416" in lacks
+    so_far = alone.removesuffix("\n") + "\nclass"
+    both = succeed(trained[0], "sample.py", *args, f"--start={so_far}", "--num_samples=1")
+    assert so_far + second == both

@@ -66,6 +66,7 @@ def test_the_top_of_the_tree_is_what_the_readme_lists():
     if not top:
         pytest.skip("not a clone")
     files = "README.md model.py train.py sample.py prepare_shakespeare.py muon.py configurator.py"
-    files += " checkpoint.py runtime.py log.py view.py view.html config test_model.py tests docs"
-    files += " experiments assets .ci .github LICENSE pyproject.toml .gitignore requirements.txt"
+    files += " checkpoint.py runtime.py log.py view.py view.html view_runs.html config tests docs"
+    files += " test_model.py experiments assets .ci .github LICENSE pyproject.toml .gitignore"
+    files += " requirements.txt"
     assert top == {*files.split(), "requirements-dev.txt"}

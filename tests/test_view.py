@@ -17,7 +17,7 @@ from common import OFFLINE, ROOT, run, start
 from configurator import printable
 from model import ModelConfig, ParallelEncoderDecoder
 from prepare_shakespeare import Tokenizer
-from view import Seen, in_colour, see, show_sample, write_html
+from view import DIGITS, Seen, in_colour, page, see, show_sample
 
 CHARACTERS = 'abcdefgh<&"\n\x1b\u202e é'
 
@@ -104,17 +104,30 @@ def test_control_characters_are_spelled_out():
 
 
 def test_colours_by_hand():
-    on = torch.tensor([[1, 1], [0, 0], [1, 0]], dtype=torch.bool).reshape(3, 1, 1, 2)
-    printed = in_colour(Seen(["a", "b\n", "\x1b"], on, [], []))
+    m = torch.tensor([[0.5, 1.0], [0.0, 0.49], [0.9, 0.1]]).reshape(3, 1, 1, 2)
+    printed = in_colour(Seen(["a", "b\n", "\x1b"], [], [], [], m))
     text, legend = printed.rsplit("\n", 1)
     assert re.sub(r"\x1b\[[\d;]*m", "", text) == "ab\n\\x1b"
     assert re.findall(r"48;2;([\d;]+)m", text) == ["244;162;58", "38;70;131", "141;116;94"]
     assert re.sub(r"\x1b\[[\d;]*m", "", legend).split() == "experts on: 0% 25% 50% 75% 100%".split()
 
 
-def data_of(page):
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*)</script>', page)
+def data_of(text):
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*)</script>', text)
     return json.loads(data)
+
+
+def test_the_loss_of_each_token_is_that_of_its_window(model, tokenizer):
+    text = torch.randint(len(CHARACTERS), (1, 21), generator=torch.Generator().manual_seed(0))
+    loss = see(model, tokenizer, text).loss
+    assert loss[0] is None and len(loss) == 21
+    for end in range(1, 21):
+        start = 0
+        while end - start > 8:
+            start += 4
+        idx, targets = text[:, start:end], text[:, start + 1 : end + 1]
+        logs = model(idx, targets).logits[0, -1].log_softmax(dim=-1)
+        assert loss[end] == pytest.approx(-logs[text[0, end]].item(), abs=1e-5)
 
 
 def test_the_page_holds_the_texts_and_no_markup_of_theirs(tmp_path, model, tokenizer):
@@ -122,20 +135,21 @@ def test_the_page_holds_the_texts_and_no_markup_of_theirs(tmp_path, model, token
     seen = see(model, tokenizer, text)
     seen.tokens[1] = "</script><script>alert(1)</script><!--"
     seen.tokens[2] = "{{data}}{{sha256}}"
-    write_html(tmp_path / "page.html", [seen, seen])
-    page = (tmp_path / "page.html").read_text("utf-8")
+    written = page([seen, seen])
     template = (ROOT / "view.html").read_text("utf-8")
-    assert page.count("<") == template.count("<")  # nothing of the text can open a tag
-    data = data_of(page)
+    assert written.count("<") == template.count("<")  # nothing of the text can open a tag
+    data = data_of(written)
     assert [t["tokens"] for t in data["texts"]] == [seen.tokens] * 2
-    for digits, on in zip(data["texts"][0]["on"], seen.on, strict=True):
-        assert [d == "1" for d in digits] == on.flatten().tolist()
+    for digits, on, m in zip(data["texts"][0]["m"], seen.on, seen.m, strict=True):
+        levels = [DIGITS.index(d) for d in digits]
+        assert [level >= 32 for level in levels] == on.flatten().tolist()
+        assert torch.tensor(levels) / 63 == pytest.approx(m.flatten(), abs=0.5 / 63 + 1e-6)
     assert (data["layers"], data["experts"]) == (2, 4)
-    assert data["stacks"] == ["encoder", "decoder"][-seen.on.size(2) :]
-    assert not re.search(r"https?:|src=|@import|url\(", page)
-    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)  # the one that may run
+    assert data["stacks"] == (["encoder", "decoder"] if seen.on.size(2) == 2 else ["layer"])
+    assert not re.search(r"https?://(?!www.w3.org/)|src=|@import|url\(", written)
+    (script,) = re.findall(r"<script>(.*?)</script>", written, re.DOTALL)  # the one that may run
     sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"script-src 'sha256-{sha256}';" in page
+    assert f"script-src 'sha256-{sha256}';" in written
     if node := shutil.which("node"):
         (tmp_path / "script.js").write_text(script, "utf-8")
         subprocess.run([node, "--check", tmp_path / "script.js"], check=True)

@@ -1,0 +1,132 @@
+"""Tests of `python view.py out-a out-b`: runs that ended, crashed, are going on; and its page."""
+
+import json
+import shutil
+import signal
+
+import pytest
+
+from common import OFFLINE, TINY, evaluations, run, start, succeed
+from test_page import browser, needs_chromium  # noqa: F401
+
+EXPERTS = ("--n_expert=8", "--l1_weight=0.1")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, prepared):
+    """A folder with four runs: one that ended; one that was killed, then resumed; one whose log
+    ends within a line; and one that is still going, but stands still while it is looked at."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "data").symlink_to(prepared / "data")
+    succeed(folder, "train.py", *TINY, *EXPERTS, "--out_dir=done")
+    killed = start(folder, "train.py", *TINY, *EXPERTS, "--dropout=0", "--out_dir=resumed")
+    for line in killed.stdout:
+        if line.startswith("iter 15:"):
+            killed.kill()
+    killed.wait(60)
+    succeed(folder, "train.py", "--init_from=resume", "--out_dir=resumed")
+    shutil.copytree(folder / "done", folder / "damaged")
+    log = folder / "damaged/log.jsonl"
+    log.write_bytes(log.read_bytes()[:-30])
+    how = ("--max_iters=100000", "--lr_decay_iters=100000", "--eval_interval=5", "--n_embd=32")
+    going = start(folder, "train.py", *TINY, *how, "--out_dir=going")
+    for line in going.stdout:
+        if line.startswith("iter 12:"):
+            going.send_signal(signal.SIGSTOP)
+            break
+    yield folder
+    going.kill()
+    going.wait(60)
+
+
+NAMES = ("done", "resumed", "damaged", "going")
+
+
+def rows(folder):
+    """The evaluations in a log, but for a line that is not whole."""
+    lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
+    return [row for row in map(json.loads, (s for s in lines if s[-1] == "}")) if "val_loss" in row]
+
+
+def test_a_table_of_runs(runs):
+    printed = succeed(runs, "view.py", *NAMES)
+    head, *lines = printed.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["done", "finished"], ["resumed", "finished"], ["damaged", "stopped"], ["going", "runs"],
+    ]  # fmt: skip
+    for name, line in zip(NAMES, lines, strict=True):
+        best, cells = min(rows(runs / name), key=lambda row: row["val_loss"]), line.split()
+        assert cells[2] == str(rows(runs / name)[-1]["iter"])
+        assert cells[4:6] == [f"{best['val_loss']:.4f}", str(best["iter"])]
+    assert lines[0].split()[6] == f"{evaluations(runs / 'done')[-1]['whole_val_loss']:.4f}"
+    differ = head.split("experts on")[1].split()
+    assert {"dropout", "n_embd", "n_expert", "l1_weight", "max_iters"} <= set(differ)
+    assert "seed" not in differ and "out_dir" not in differ
+    dropout = [line.split()[-len(differ) :][differ.index("dropout")] for line in lines]
+    assert dropout == ["0.2", "0.0", "0.2", "0.2"]
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["done", "--htm=a"], "--htm=a: unknown; there is --html=FILE"),
+        (["nowhere"], "nowhere: log.jsonl is missing, or has no evaluation yet"),
+        (["done", "--html=nowhere/a.html"], "No such file or directory"),
+    ],
+)
+def test_a_mistake_gets_one_line(args, said, runs):
+    done = run(runs, "view.py", *args)
+    assert done.returncode != 0 and said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_curves_end_where_the_logs_do(runs, browser, width, tmp_path):  # noqa: F811
+    succeed(runs, "view.py", *NAMES, "--html=runs.html", env=OFFLINE)
+    how = dict(width=width, height=800, deviceScaleFactor=1, mobile=False)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", how)
+    browser.get((runs / "runs.html").as_uri())
+    assert not browser.get_log("browser")
+    for along in ("iter", "seconds", "tokens"):
+        browser.execute_script(f"document.getElementById('along').value = '{along}'; draw()")
+        ends = browser.execute_script(
+            "return [...document.querySelectorAll('#loss circle')].map("
+            "c => [c.dataset.name, +c.dataset.x, +c.dataset.y])"
+        )
+        for name, (found, x, y) in zip(NAMES, ends, strict=True):
+            last = rows(runs / name)[-1]
+            scale = 4 * 16 if along == "tokens" else 1
+            assert found == name and y == last["val_loss"]
+            assert x == last["seconds" if along == "seconds" else "iter"] * scale
+    wide, inner = browser.execute_script(
+        "return [document.documentElement.scrollWidth, innerWidth]"
+    )
+    assert wide <= inner == width
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('#table tbody tr')].map("
+        "r => [...r.children].map(c => c.textContent))"
+    )
+    assert [row[:2] for row in shown] == [
+        ["done", "finished"], ["resumed", "finished"], ["damaged", "stopped"], ["going", "runs"],
+    ]  # fmt: skip
+    charts = browser.find_elements("css selector", "#on svg[role=img]")
+    assert len(charts) == 3  # of the runs with experts
+    last = rows(runs / "done")[-1]["experts_on"]
+    ends = browser.execute_script(
+        "return [...document.querySelectorAll('#on .card')[0].querySelectorAll('circle')].map("
+        "c => +c.dataset.y)"
+    )
+    assert ends == pytest.approx([100 * x for layer in last for x in layer])
+
+
+def test_what_the_page_holds_is_no_markup(runs):
+    strange = runs / "<b>&"
+    if not strange.exists():
+        shutil.copytree(runs / "done", strange)
+    succeed(runs, "view.py", "<b>&", "--html=strange.html")
+    page = (runs / "strange.html").read_text("utf-8")
+    (data,) = [line for line in page.splitlines() if 'id="data"' in line]
+    held = data.partition(">")[2].rpartition("</script>")[0]
+    assert "<" not in held and json.loads(held)["runs"][0]["name"] == "<b>&"
