@@ -83,6 +83,30 @@ def glance() -> None:
     save("glance")
 
 
+def lag() -> None:
+    """The difference to lag 0, as the decoder runs further behind the encoder; three depths."""
+    found = runs("lag")
+    _, axes = plt.subplots(2, 1, figsize=(5.4, 5.2), sharex=True, sharey=True)
+    for ax, form in zip(axes, ("", ", not lateral"), strict=True):
+        for shift, (L, color, style) in enumerate(
+            ((2, GREEN, "^-"), (4, BLUE, "o-"), (8, ORANGE, "s-"))
+        ):
+            names = {k: f"{L} + {L} layers, lag {k}{form}" for k in range(L + 1)}
+            lags = [k for k, name in names.items() if name in found]
+            deltas = [differences(found[names[k]], found[names[0]]) for k in lags]
+            ax.errorbar(
+                [k + (shift - 1) * 0.08 for k in lags], [*map(statistics.mean, deltas)],
+                [*map(interval, deltas)], fmt=style, color=color, capsize=2,
+                label=f"{L} + {L} layers",
+            )  # fmt: skip
+        ax.axhline(0, color=GRAY, linewidth=0.8)
+        ax.set_title("without lateral" if form else "with lateral", fontsize=10)
+        ax.set_ylabel("loss less lag 0's, nats")
+    axes[0].legend(fontsize=9)
+    axes[1].set_xlabel("lag of the decoder, layers (0: side by side; L: in series)")
+    save("lag")
+
+
 def curve() -> None:
     """Loss against active parameters: learned dropout, top-k experts, smaller dense models."""
     found = runs("curve")
@@ -173,5 +197,5 @@ def experts() -> None:
 
 
 if __name__ == "__main__":
-    for draw in (loss, glance, curve, variants, probes, experts):
+    for draw in (loss, glance, lag, curve, variants, probes, experts):
         draw()

@@ -1,8 +1,7 @@
 """The experiments behind docs/results.md: every run goes through train.py.
 
-    python experiments/run.py                   all that results.jsonl lacks, two runs at once
-    python experiments/run.py lag curve         these questions: runs what is missing, and prints
-    python experiments/run.py --list            the questions, and what they cost
+    python experiments/run.py                   the questions, and what they cost; so does --list
+    python experiments/run.py lag curve         runs what these lack, two at once; their tables
     python experiments/run.py --repeat=300      runs line 300 of results.jsonl again, and compares
     python experiments/run.py "config/shakespeare_char.py --n_embd=64,80" --seeds=3
                                                 a sweep of your own, into sweeps.jsonl
@@ -92,8 +91,8 @@ def glance() -> Iterator[dict]:
 
 
 def lag() -> Iterator[dict]:
-    """Does it cost anything to run the stacks side by side, and not one after the other? Measured
-    in part only."""
+    """Does it cost anything to run the stacks side by side, and not one after the other? With
+    lateral no: lag 0 is as good or better at each depth."""
     for L, width, lags in ((2, 84, (0, 1, 2)), (4, 60, (0, 1, 2, 3, 4)), (8, 44, (0, 4, 8))):
         size = f"{PRESENT} --n_embd={width} --n_layer={L}"
         for k in lags:
@@ -456,7 +455,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "questions", nargs="*", metavar="QUESTION",
-        help="all, if none is given; or the settings of a sweep, in one argument",
+        help="one or several; or the settings of a sweep, in one argument",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the questions, and what they cost")
     parser.add_argument("--name", help="only the runs of this name")
@@ -486,12 +485,15 @@ def main(argv: list[str]) -> None:
     import tables  # here: it imports this file
 
     options = parse(argv)
-    if options.list:
+    if options.list or not (options.questions or options.repeat):
         print(index())
         return
     meta = ROOT / "data/shakespeare_char/meta.json"
     if not meta.exists() or json.loads(meta.read_text("utf-8"))["source"] != "tinyshakespeare":
-        sys.exit("data/shakespeare_char must hold tinyshakespeare: see prepare_shakespeare.py")
+        sys.exit(
+            "data/shakespeare_char must hold tinyshakespeare: download it, then run\n"
+            "  python prepare_shakespeare.py --input_file=PATH"
+        )
     if options.repeat is not None:
         repeat(read_rows(RESULTS), options.repeat)
     if options.sweep:
@@ -499,7 +501,7 @@ def main(argv: list[str]) -> None:
         work_off({"sweep": runs}, SWEEPS, options)
         print(tables.compared(tables.of_runs(read_rows(SWEEPS), runs)))
         return
-    asked = {name: [*QUESTIONS[name]()] for name in options.questions or QUESTIONS}
+    asked = {name: [*QUESTIONS[name]()] for name in options.questions}
     work_off(asked, RESULTS, options)
     for name in asked:
         print("\n".join(("", f"{name}: {' '.join(about(name))}", "", tables.of_question(name))))

@@ -373,15 +373,18 @@ def lag() -> str:
     found, lines = runs("lag"), []
     for name, rows in found.items():
         depth, what = name.split(", ", 1)
-        L, k = int(depth[0]), re.match(r"lag (\d)(.*)", what)
+        if "not lateral" in what:  # beside the one with lateral
+            continue
+        L, k = int(depth[0]), re.match(r"lag (\d)", what)
         path = min(L + 1 + int(k[1]), 2 * L) if k else 2 * L
-        base = found.get(f"{depth}, lag 0{k[2] if k else ''}", [])
+        base, plain = found[f"{depth}, lag 0"], found.get(f"{name}, not lateral", [])
+        of_plain = judged(plain, found[f"{depth}, lag 0, not lateral"])
         lines.append((
-            name, f"{rows[0]['parameters']:,}", str(path), str(len(rows)), f"{mean(rows):.3f}",
-            *judged(rows, base),
+            name, f"{rows[0]['parameters']:,}", str(path), f"{mean(rows):.3f}", *judged(rows, base),
+            f"{mean(plain):.3f}" if plain else "", *of_plain,
         ))  # fmt: skip
-    heads = "| parameters: | layers on the critical path: | seeds: | loss: | to lag 0: |"
-    return markdown(heads, lines)
+    heads = "| parameters: | layers on the critical path: | loss: | to lag 0: | "
+    return markdown(f"{heads} | without lateral: | to lag 0: |", lines)
 
 
 def sizes() -> str:
@@ -534,6 +537,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "faults": faults,
     "rates": rates,
     "glance": glance,
+    "lag": lag,
     "variants": lambda: compared(runs("variants")),
     "curve": curve,
     "use": use,
@@ -546,7 +550,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def of_question(name: str) -> str:
     """The tables of a question of run.py."""
     several = {"inside": ("probes", "cuts, all", "use")}
-    tables = TABLES | {"lag": lag, "sizes": sizes, "passes": passes, "experts": experts}
+    tables = TABLES | {"sizes": sizes, "passes": passes, "experts": experts}
     return "\n\n".join(
         tables[table]() if table in tables else compared(runs(table))
         for table in several.get(name, (name,))
