@@ -109,6 +109,7 @@ def passes() -> Iterator[dict]:
     yet."""
     learned = "--router_input=encoder --l1_norm=squared --penalty_schedule=exponential"
     few = ("none", "dropout=0.1", "hidden, l1_weight=0.3", "output, l1_weight=0.3")
+    of_gpt = (*few, "dropout=0.2")
     for model, C, lengths in (("lean", 84, (50_000, 200_000)), ("GPT", 96, (50_000,))):
         of_output = f"--n_expert={C} --expert_site=output --router_n_head=2 "
         sites = {"hidden": "--n_expert=16", "output": f"{of_output} --router_head_dim={C // 2}"}
@@ -120,7 +121,7 @@ def passes() -> Iterator[dict]:
             steps = 15 * length // (12 * 64)
             how = f"--dataset=shakespeare_first_{length} --max_iters={steps} --eval_iters=50 "
             how += f"--lr_decay_iters={steps} --eval_interval={steps // 8}"
-            for way in ways if length == 50_000 else few:
+            for way in few if length == 200_000 else of_gpt if model == "GPT" else ways:
                 yield run(f"{model}, {length:,}; {way}", f"{tuned(model)} {how} {ways[way]}", 3)
 
 
@@ -188,35 +189,6 @@ def sizes() -> Iterator[dict]:
         ours = f"{PRESENT} --n_head={heads} --n_layer={layers} --n_embd={width}"
         yield run(f"GPT, {size}", f"{PRESENT} --n_head={heads} --arch=decoder_only {gpt}", 3)
         yield run(f"lean, {size}", ours, 3)
-        yield run(f"YOCO, {size}", f"{ours} --shared_kv=False", 3, "yoco()")
-
-
-def experts() -> Iterator[dict]:
-    """Which settings of learned dropout matter, one at a time from EXPERTS? Not measured yet."""
-    yield run("experts", EXPERTS, 3)
-    for setting in (
-        "entropy_weight=0",
-        "entropy_weight=0.3",
-        "entropy_weight=1",
-        "l1_norm=squared --l1_weight=0.5",
-        "penalty_schedule=constant",
-        "penalty_schedule=exponential",
-        "shift_init=1.5",
-        "shift_init=3.1",
-        "n_expert=4",
-        "n_expert=84",
-        "n_expert=336",
-        "expert_site=output --n_expert=21",
-        "expert_site=output --n_expert=84 --router_n_head=2 --router_head_dim=42",
-        "router_input=hidden",
-        "router_n_head=4",
-        "router_head_dim=64",
-    ):
-        yield run(setting.replace("--", ""), f"{EXPERTS} --{setting}", 3)
-    for peer in ("rounding('sigmoid')", "rounding('none')", "router_detach()"):
-        yield run(peer, EXPERTS, 3, peer)
-    reads_embedding = EXPERTS.replace("--router_input=encoder ", "")
-    yield run("embedding_router()", reads_embedding, 3, "embedding_router()")
 
 
 def inside() -> Iterator[dict]:
@@ -235,7 +207,7 @@ def inside() -> Iterator[dict]:
 
 FORMAT = 3  # of these runs; one more where a change of the layer or of a preset changes them
 WHAT = ("name", "settings", "peer")  # of a run that a question asks for; each has several seeds
-ALL = (rates, glance, lag, passes, works, curve, variants, sizes, experts, inside)
+ALL = (rates, glance, lag, passes, works, curve, variants, sizes, inside)
 QUESTIONS = {question.__name__: question for question in ALL}
 
 

@@ -418,26 +418,6 @@ def passes() -> str:
     return markdown(f"{heads}| to none: |", lines)
 
 
-def experts() -> str:
-    """The hyperparameters of learned dropout, one at a time."""
-    found = runs("experts")
-    heads = "| parameters: | loss: | difference: | experts on: | entropy, bits: | m over 0.9: "
-    return markdown(heads + "| m under 0.1: | decisions changed:", (
-        (name, f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}",
-         show_difference(rows, found["experts"]), percent(mean(rows, "experts_on")),
-         f"{mean(rows, 'entropy'):.3f}", percent(mean(rows, "near_one")),
-         percent(mean(rows, "near_zero")), percent(changed(rows)))
-        for name, rows in found.items()
-    ))  # fmt: skip
-
-
-def changed(rows: list[dict]) -> float | None:
-    """The share of decisions that changed, over all blocks; a peer's are not counted."""
-    if "changed_per_block" not in rows[0]:
-        return None
-    return statistics.mean(x for row in rows for layer in row["changed_per_block"] for x in layer)
-
-
 def active(rows: list[dict]) -> float:
     """Parameters that a token meets on the mean, where experts that are off do not count."""
     parameters = rows[0]["parameters"]
@@ -550,7 +530,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def of_question(name: str) -> str:
     """The tables of a question of run.py."""
     several = {"inside": ("probes", "cuts, all", "use")}
-    tables = TABLES | {"sizes": sizes, "passes": passes, "experts": experts}
+    tables = TABLES | {"sizes": sizes, "passes": passes}
     return "\n\n".join(
         tables[table]() if table in tables else compared(runs(table))
         for table in several.get(name, (name,))
