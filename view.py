@@ -279,26 +279,20 @@ def differing(runs: list[dict[str, Any]]) -> list[str]:
     return [name for name in names if len({repr(s.get(name)) for s in known}) > 1]
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """The runs as lines of text, in columns."""
+def table(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """What to compare, a row each: its name, and its value for each run."""
+
+    def of_each(run: dict[str, Any]) -> list[str]:
+        last, found = run["curve"][-1], [run["name"], run["state"]]
+        found += [f"{last['iter']:,}", f"{last['seconds']:,.0f}", f"{run['best']:.4f}"]
+        found += [f"{run['best_iter']:,}"]
+        found += ["-" if run["whole"] is None else f"{run['whole']:.4f}"]
+        found += ["-" if run["experts_on"] is None else f"{run['experts_on']:.1%}"]
+        return found + [str(run["settings"].get(name, "?")) for name in names]
+
     names = differing(runs)
-    lines = [["run", "", "step", "seconds", "best loss", "at step", "whole split", "experts on"]]
-    lines[0] += names
-    for run in runs:
-        last = run["curve"][-1]
-        whole = "" if run["whole"] is None else f"{run['whole']:.4f}"
-        on = "" if run["experts_on"] is None else f"{run['experts_on']:.1%}"
-        cells = [f"{last['iter']:,}", f"{last['seconds']:,.0f}", f"{run['best']:.4f}"]
-        cells += [f"{run['best_iter']:,}", whole, on]
-        cells += [str(run["settings"].get(name, "?")) for name in names]
-        lines.append([run["name"], run["state"], *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def aligned(cells: list[str]) -> str:
-        left = [cell.ljust(w) for cell, w in zip(cells[:2], widths[:2], strict=True)]
-        return "  ".join(left + [c.rjust(w) for c, w in zip(cells[2:], widths[2:], strict=True)])
-
-    return "\n".join(printable(aligned(cells).rstrip()) for cells in lines)
+    heads = ["run", "", "step", "seconds", "best loss", "at step", "whole split", "experts on"]
+    return [*map(list, zip(heads + names, *map(of_each, runs), strict=True))]
 
 
 def main(args: list[str]) -> None:
@@ -311,9 +305,13 @@ def main(args: list[str]) -> None:
         sys.exit(0 if asks else 2)
     try:
         runs = [read_run(folder) for folder in folders]
-        print(table(runs))
+        rows = table(runs)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            print(printable("  ".join(cells).rstrip()))
         for path in pages:
-            data = {"runs": runs, "differing": differing(runs)}
+            data = {"runs": runs, "table": rows}
             Path(path).write_text(filled("view_runs.html", data), encoding="utf-8", newline="\n")
             print(f"{path}: written; open it in a browser", file=sys.stderr)
     except (ValueError, OSError) as error:

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from common import OFFLINE, TINY, evaluations, run, start, succeed
-from test_page import browser, needs_chromium  # noqa: F401
+from test_page import LEAST_CONTRAST, browser, needs_chromium  # noqa: F401
 
 EXPERTS = ("--n_expert=8", "--l1_weight=0.1")
 
@@ -40,6 +40,7 @@ def runs(tmp_path_factory, prepared):
 
 
 NAMES = ("done", "resumed", "damaged", "going")
+STATES = ["finished", "finished", "stopped", "runs"]
 
 
 def rows(folder):
@@ -50,20 +51,19 @@ def rows(folder):
 
 def test_a_table_of_runs(runs):
     printed = succeed(runs, "view.py", *NAMES)
-    head, *lines = printed.splitlines()
-    assert [line.split()[:2] for line in lines] == [
-        ["done", "finished"], ["resumed", "finished"], ["damaged", "stopped"], ["going", "runs"],
-    ]  # fmt: skip
-    for name, line in zip(NAMES, lines, strict=True):
-        best, cells = min(rows(runs / name), key=lambda row: row["val_loss"]), line.split()
-        assert cells[2] == str(rows(runs / name)[-1]["iter"])
-        assert cells[4:6] == [f"{best['val_loss']:.4f}", str(best["iter"])]
-    assert lines[0].split()[6] == f"{evaluations(runs / 'done')[-1]['whole_val_loss']:.4f}"
-    differ = head.split("experts on")[1].split()
-    assert {"dropout", "n_embd", "n_expert", "l1_weight", "max_iters"} <= set(differ)
-    assert "seed" not in differ and "out_dir" not in differ
-    dropout = [line.split()[-len(differ) :][differ.index("dropout")] for line in lines]
-    assert dropout == ["0.2", "0.0", "0.2", "0.2"]
+    head, states, *lines = (line.split() for line in printed.splitlines())
+    assert head == ["run", *NAMES] and states == STATES
+    found = {" ".join(words[:-4]): words[-4:] for words in lines}
+    for k, name in enumerate(NAMES):
+        best = min(rows(runs / name), key=lambda row: row["val_loss"])
+        assert found["step"][k] == str(rows(runs / name)[-1]["iter"])
+        assert found["best loss"][k] == f"{best['val_loss']:.4f}"
+        assert found["at step"][k] == str(best["iter"])
+    assert found["whole split"][0] == f"{evaluations(runs / 'done')[-1]['whole_val_loss']:.4f}"
+    assert found["whole split"][2:] == found["experts on"][2:] == ["-", "-"]
+    assert {"dropout", "n_embd", "n_expert", "l1_weight", "max_iters"} <= found.keys()
+    assert "seed" not in found and "out_dir" not in found
+    assert found["dropout"] == ["0.2", "0.0", "0.2", "0.2"]
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_the_curves_end_where_the_logs_do(runs, browser, width, tmp_path):  # no
     )
     assert wide <= inner == width
     shown = browser.execute_script(
-        "return [...document.querySelectorAll('#table tbody tr')].map("
+        "return [...document.querySelectorAll('#table tr')].map("
         "r => [...r.children].map(c => c.textContent))"
     )
-    assert [row[:2] for row in shown] == [
-        ["done", "finished"], ["resumed", "finished"], ["damaged", "stopped"], ["going", "runs"],
-    ]  # fmt: skip
+    assert shown[:2] == [["run", *NAMES], ["", *STATES]]
+    contrast, where = browser.execute_script(LEAST_CONTRAST)
+    assert contrast >= 4.5, where
     charts = browser.find_elements("css selector", "#on svg[role=img]")
     assert len(charts) == 3  # of the runs with experts
     last = rows(runs / "done")[-1]["experts_on"]
