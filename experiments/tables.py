@@ -518,6 +518,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": rates,
     "glance": glance,
     "lag": lag,
+    "works": lambda: compared(runs("works")),
     "variants": lambda: compared(runs("variants")),
     "curve": curve,
     "use": use,
