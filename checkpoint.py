@@ -4,8 +4,7 @@
     model, saved = load_checkpoint("out-shakespeare-char/ckpt.pt")      all that was saved
 
 A checkpoint is a file of torch.save: a zip archive, which holds a checksum of each of its parts.
-What is in it is checked too: another program, or somebody, may have written it. When a run saves
-is train.py's business.
+Its contents are checked, too: another program may have written it. train.py decides when to save.
 """
 
 import math
@@ -32,16 +31,16 @@ ABLATIONS: list[str] = []  # of this process; experiments/ablations.py fills it
 ENTRIES = dict(optimizers=list, scaler=dict, iter_num=int, seconds=float, best_val_loss=float)
 ENTRIES |= dict(is_best=bool, tokenizer=dict, config=dict)
 NEW = dict(iter_num=0, seconds=0.0, best_val_loss=math.inf, is_best=False)  # where a run begins
-# A resumed run has the settings of its checkpoint, but for these, which are of each call.
+# A resumed run takes its settings from the checkpoint, except these, which are each call's.
 OF_EACH_CALL = {"init_from", "out_dir", "eval_only", "device", "compile", "backend", "fsdp"}
 OF_EACH_CALL |= {"wandb_log", "wandb_project", "wandb_run_name"}
 MAY_CHANGE = {"dropout", "l1_norm", "entropy_weight", "l1_weight"}  # of the model's fields
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file aside with `write(file)`, has it on the disk, then renames it to `path`: at
-    every moment a whole file is there, the old one or the new. OSError and RuntimeError where it
-    cannot be written; then the old one is untouched."""
+    """Writes a temporary file with `write(file)`, syncs it to disk, then renames it to `path`: a
+    whole file is there at every moment, the old one or the new. OSError or RuntimeError if it
+    cannot be written; the old file is then untouched."""
     aside = path.with_name(f"{path.name}.tmp")
     try:
         with open(aside, "wb") as file:
@@ -52,7 +51,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    with suppress(OSError):  # the new name is on the disk once its folder is; some have no such way
+    with suppress(OSError):  # the new name needs its folder synced; some systems cannot
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -109,7 +108,7 @@ def load_best(
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """All that is in the checkpoint, on the CPU, checked; ValueError as in `load_checkpoint`."""
+    """The checkpoint's contents, checked, on the CPU; ValueError as in `load_checkpoint`."""
     path = os.path.expanduser(path)
     with told_in_one_line(path, "not a whole checkpoint of train.py"):
         with zipfile.ZipFile(path) as archive:
@@ -172,7 +171,7 @@ class WithoutNormal(TorchFunctionMode):
 
 @contextmanager
 def told_in_one_line(path: str | Path, what: str) -> Iterator[None]:
-    """What fails inside becomes a ValueError with a line for the user."""
+    """Turns any error inside into a ValueError with one line for the user."""
     try:
         yield
     except Exception as error:
@@ -190,10 +189,10 @@ def told_in_one_line(path: str | Path, what: str) -> Iterator[None]:
 
 
 def start_from(path: Path, settings: Settings) -> tuple[dict[str, Any] | None, Path | None]:
-    """The checkpoint that init_from says, and its path: that of the run at `path`, to go on with,
-    or another one, with whose weights a new run begins. Makes the settings those of the checkpoint,
-    but OF_EACH_CALL and --key=value; in a new run but what a config file sets, too, save sizes.
-    Ends the process with one line where that cannot be; ValueError as in `load_checkpoint`."""
+    """The checkpoint that init_from names, and its path: the run at `path`, to resume, or another
+    one, whose weights a new run starts from. Takes the settings from it, except OF_EACH_CALL and
+    --key=value; a new run also keeps what a config file sets, except sizes. Ends the process with
+    one line if that is impossible; ValueError as in `load_checkpoint`."""
     if settings["init_from"] == "scratch":
         return None, None
     new, source = settings["init_from"] != "resume", path

@@ -3,7 +3,7 @@
 A config file assigns values, as in `gradient_accumulation_steps = 5 * 8`. It is parsed, never run.
 Three names are special: `base = "other.py"` reads that file, which lies beside it, in place;
 `on_cuda = {...}` and `on_cpu = {...}` hold settings for a CUDA GPU, and for all other devices.
-Also what the scripts share without torch: errors in one line, text that cannot steer a terminal.
+Also what all scripts share: one-line errors, and text that cannot control a terminal.
 """
 
 import ast
@@ -26,7 +26,7 @@ UNDO = ExitStack()  # puts back what a script changed in its process, which may 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LARGEST = {int: 2**63, float: 1e38}  # near what an integer tensor, or float32, can hold
 UNUSABLE = (ValueError, ArithmeticError, MemoryError, RecursionError)  # what `evaluate` raises
-# Settings that there were once, and what took their place.
+# Settings that are gone, and what replaced them.
 ABLATED = "cross_first n_cross_head next_position router_detach rounding rounding_scale"
 RETIRED = dict.fromkeys(ABLATED.split(), "run it by experiments/ablations.py")
 RETIRED["router_input=embedding"] = "run it by experiments/ablations.py"
@@ -35,9 +35,9 @@ RETIRED["muon_learning_rate"] = "set muon_lr_ratio, Muon's rate over learning_ra
 
 
 class Settings(dict[str, Any]):
-    """The settings of a script by name, at first its globals in lower case of type int, float, bool
-    or str. Its globals LEAST and ALLOWED, where it has them, say which values they may have, and
-    PATHS which of them are paths, in which ~ is the home folder."""
+    """A script's settings by name, initially its lower-case globals of type int, float, bool or
+    str. Its globals LEAST and ALLOWED, if there, limit the values; PATHS names those that are
+    paths, in which ~ is the home folder."""
 
     def __init__(self, script_globals: Mapping[str, Any]):
         for name, value in script_globals.items():
@@ -53,7 +53,7 @@ class Settings(dict[str, Any]):
 def override(script_globals: Mapping[str, Any], argv: list[str]) -> Settings:
     """The settings after the arguments: config files, --key=value, --key value, or --key alone for
     True, in order; the last one wins. A mistake ends the process with one line."""
-    UNDO.close()  # of a script before, which something unforeseen ended
+    UNDO.close()  # left by an earlier script that crashed
     if shell := getattr(builtins, "get_ipython", None):  # a notebook shows errors itself
         events = shell().events
         events.register("post_execute", UNDO.close)
@@ -123,7 +123,7 @@ def read_arguments(argv: list[str], settings: Settings) -> Iterator[list[tuple]]
 
 
 def meant(arg: str, settings: Settings) -> str:
-    """What somebody may have meant by an argument that is no setting and no config file."""
+    """A hint for an argument that is neither a setting nor a config file."""
     trains, folder = "init_from" in settings, os.path.dirname(arg) if arg[-3:] == ".pt" else arg
     if os.path.exists(os.path.join(folder, "ckpt.pt" if trains else "")) and "out_dir" in settings:
         return "; a run is " + "--init_from=resume " * trains + f"--out_dir={quote(folder)}"
@@ -172,7 +172,7 @@ def read_config_file(path: str, users: tuple[Path, ...] = (), said: str = "") ->
 
 def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
     """The value of an expression: a plain value, one of `names`, or + - * / // on numbers.
-    ValueError, with a line for the user, for all else."""
+    Anything else is a ValueError with a line for the user."""
 
     def number(node: ast.expr) -> int | float:
         if type(value := evaluate(node, names)) in (int, float):
@@ -206,7 +206,7 @@ def parse(text: str, default: Any) -> Any:
 
 
 def require_known(name: Any, settings: Settings, where: str) -> None:
-    """Ends the process where there is no such setting, and names the nearest."""
+    """Ends the process if there is no such setting; the message names the nearest."""
     if name not in settings:
         if name in RETIRED:
             fail(f"{where}: the setting {name!r} is gone: {RETIRED[name]}")
@@ -216,7 +216,7 @@ def require_known(name: Any, settings: Settings, where: str) -> None:
 
 
 def check(name: Any, value: Any, settings: Settings, where: str) -> Any:
-    """The value, in the type that the setting `name` has; ends the process where it cannot be."""
+    """The value, in the type of the setting `name`; ends the process if it does not fit."""
     require_known(name, settings, where)
     if f"{name}={value}" in RETIRED:
         fail(f"{where}: {name}={value!r} is gone: {RETIRED[f'{name}={value}']}")
@@ -250,7 +250,7 @@ def print_help(script_globals: Mapping[str, Any], settings: Settings) -> None:
 
 
 def pick_device(device: str) -> str:
-    """The device to use: for `auto` CUDA, else MPS, else the CPU. ValueError without it."""
+    """The device to use: for `auto` CUDA, else MPS, else the CPU. ValueError if it is missing."""
     import torch  # here, since preparing text needs no torch
 
     there, count = {"cpu": "cpu"}, torch.cuda.device_count()
@@ -293,7 +293,7 @@ def decode(raw: bytes) -> str:
 
 def fail(reason: str | Exception, status: int = 2) -> NoReturn:
     """Ends the process with one line on stderr that names the script, and with this exit status;
-    quietly where what reads its stdout, such as head, reads no more."""
+    silently if the reader of its stdout, such as head, has gone."""
     if isinstance(reason, BrokenPipeError):
         status = 128 + 13  # SIGPIPE, which Windows lacks
     else:
@@ -305,7 +305,7 @@ def fail(reason: str | Exception, status: int = 2) -> NoReturn:
 
 
 def put_back(stream: Any, errors: str, line_buffering: bool) -> None:
-    """Gives a stream back the ways that it had."""
+    """Restores a stream's error handling and buffering."""
     try:
         stream.flush()
     except OSError:
@@ -314,18 +314,18 @@ def put_back(stream: Any, errors: str, line_buffering: bool) -> None:
 
 
 def to_nowhere(stream: Any) -> None:
-    """What a stream holds, and cannot write, and all that comes, goes nowhere."""
+    """Sends what a stream still holds, and all that follows, to /dev/null."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer a terminal: controls but for line ends and tabs, and marks of
-    direction and the like, are spelled out, as \\x1b."""
+    """Text that cannot control a terminal: control characters except line ends and tabs, and marks
+    such as those of direction, are spelled out, as \\x1b."""
     kept, steering = "\n\t", ("Cc", "Cf", "Cs", "Zl", "Zp")
     spelled = {c: ascii(c)[1:-1] for c in set(text) if unicodedata.category(c) in steering}
     return "".join(c if c in kept else spelled.get(c, c) for c in text)
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether it says that there is not enough memory, of whatever device."""
+    """Whether the error says that memory ran out, on any device."""
     return isinstance(error, MemoryError) or bool(re.search("(out of|allocate) memory", str(error)))

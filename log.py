@@ -1,5 +1,5 @@
-"""A run's folder: its lock, its log, which wandb gets too, and what is set aside of an earlier run;
-and the commands that go on from there, as the run prints them.
+"""A run's folder: its lock, its log (wandb gets it, too), the files of an earlier run; and the
+commands that a run prints, to resume it or to sample from it.
 """
 
 import json
@@ -22,8 +22,8 @@ RUN = "torch.distributed.run"  # what torchrun calls
 
 
 def lock_folder(settings: dict[str, Any]) -> None:
-    """Makes out_dir, where this run writes, and locks it to the end of the script: one run at a
-    time. Where there are no such locks, as on Windows, two runs are not told apart."""
+    """Creates out_dir and locks it until the script ends: one run at a time writes there. Without
+    file locks, as on Windows, a second run is not noticed."""
     folder, resumes = settings["out_dir"], settings["init_from"] == "resume"
     if not MASTER or settings["eval_only"] or (resumes and not os.path.exists(folder)):
         return
@@ -42,7 +42,7 @@ def lock_folder(settings: dict[str, Any]) -> None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a run is writing there now; where there are no such locks, False."""
+    """Whether a run is writing there now; False without file locks."""
     with suppress(ImportError, OSError):
         import fcntl
 
@@ -86,7 +86,7 @@ def show_iteration(
 
 
 def add(settings: dict[str, Any], row: dict[str, float | list]) -> None:
-    """Appends a row to out_dir/log.jsonl, and gives it to wandb where asked for."""
+    """Appends a row to out_dir/log.jsonl, and sends it to wandb if asked to."""
     if MASTER:
         with writing(path := Path(settings["out_dir"], "log.jsonl")):
             append_row(path, row)
@@ -94,9 +94,9 @@ def add(settings: dict[str, Any], row: dict[str, float | list]) -> None:
 
 
 def start_log(folder: Path, resumed_at: int | None) -> list[Path]:
-    """Of a new run: renames the files of an earlier one to *.old, in place of those of the run
-    before it; their names until then. Of a resumed one: takes out of the log what the run will
-    write again, and what is no row."""
+    """For a new run: renames the files of an earlier one to *.old, replacing older ones; returns
+    their former names. For a resumed run: removes from the log what it will write again, and
+    damaged lines."""
     log, moved = folder / "log.jsonl", []
     if resumed_at is not None:
         rows = [row for row in read_log(folder) if row["iter"] <= resumed_at]
@@ -119,7 +119,7 @@ def start_log(folder: Path, resumed_at: int | None) -> list[Path]:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the log in a folder; what is not a whole row is left out."""
+    """The rows of the log in a folder; damaged lines are left out."""
     rows, path = [], folder / "log.jsonl"
     raw = path.read_bytes() if path.exists() else b""
     for line in raw.decode("utf-8-sig", "replace").splitlines():
@@ -130,8 +130,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: dict[str, float | list]) -> None:
-    """Appends a row of JSON to a file, all of it or nothing. OSError where it cannot. Where a run
-    that was finished is closed again, the row is there already."""
+    """Appends a row of JSON to a file, all of it or nothing; OSError if it cannot. If a finished
+    run is closed again, the row is there already."""
     before, name = None, "whole_val_loss"
     for old in read_log(path.parent) if name in row else ():
         same = math.isclose(old.get(name, 0.0), row[name], rel_tol=1e-4)
@@ -148,8 +148,8 @@ def append_row(path: Path, row: dict[str, float | list]) -> None:
 
 
 def track(settings: dict[str, Any], row: dict[str, Any] | None = None) -> None:
-    """Begins a run at wandb where that is asked for, or gives it a row. Where that fails a line on
-    stderr says why, and the run goes on: log.jsonl has all rows."""
+    """Starts a run at wandb if asked to, or sends it a row. If that fails, a line on stderr says
+    why, and the run continues: log.jsonl has all rows."""
     if not settings["wandb_log"]:
         return
     try:
@@ -196,7 +196,7 @@ def command(*args: str) -> str:
 
 
 def command_to_sample(out_dir: str, prompt: str) -> str:
-    """The command that draws texts from this run."""
+    """The command that samples from this run."""
     start = [] if prompt == "\n" else [f"--start={prompt}"]
     beside = (Path(path).with_name("sample.py") for path in (sys.argv[0], __file__))
     script = next(filter(Path.exists, beside), "sample.py")  # train.py may be a link

@@ -120,7 +120,10 @@ class Tokenizer:
         try:
             return [self._ids[char] for char in text]
         except KeyError as error:
-            raise ValueError(f"the vocabulary has no character {error.args[0]!r}") from None
+            advice = "leave it out, or use a model of bytes (--tokenizer=byte)"
+            raise ValueError(
+                f"the vocabulary has no character {error.args[0]!r}: {advice}"
+            ) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The text of the ids in UTF-8; a byte or a BPE token can end inside a character."""
@@ -135,16 +138,16 @@ class Tokenizer:
 
 
 def text_of(raw: bytes, kind: str) -> str:
-    """The text of a file for a tokenizer of this kind: as an editor writes one, or of bytes, any,
-    as it stands. UnicodeDecodeError where it is none."""
+    """The text of a file for a tokenizer of this kind: decoded as an editor would; for `byte` any
+    bytes, as they are. UnicodeDecodeError if it is not text."""
     return raw.decode("utf-8", "surrogateescape") if kind == "byte" else decode(raw)
 
 
 def prepare(
     kind: str = "char", path: str = "", name: str = "", coder: Tokenizer | None = None
 ) -> Path:
-    """Writes the data set `name` from the text at `path` (or found Shakespeare); its folder. With a
-    tokenizer, `coder`, of another data set, or else a new one of this kind.
+    """Writes the data set `name` from the text at `path` (or Shakespeare); returns its folder. Uses
+    the tokenizer `coder` of another data set, or makes a new one of this kind.
 
     Raises ValueError and OSError with a line for the user.
     """
@@ -312,7 +315,7 @@ def find_text(path: str, folder: Path) -> tuple[bytes, str]:
         try:
             raw = fetch()
         except Exception as error:  # whatever a broken package raises, too
-            print(f"  not to be had: {error}")
+            print(f"  unavailable: {error}")
             continue
         write_atomically({saved: raw})
         return raw, str(saved)
@@ -327,7 +330,7 @@ def read(path: Path) -> bytes:
 
 
 def fetch_tinyshakespeare() -> bytes:
-    """nanoGPT's corpus from its repository; OSError where it cannot be had as it should be."""
+    """nanoGPT's corpus from its repository; OSError if it is unavailable or differs."""
     import requests
 
     print(f"text: fetching tinyshakespeare from {TINY_URL}")

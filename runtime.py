@@ -1,4 +1,4 @@
-"""What a run stands on: processes, device, signals, errors in one line; no losses, no schedules."""
+"""What a run needs beneath it: processes, device, signals, one-line errors."""
 
 import ctypes
 import errno
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from configurator import UNDO, fail, lacks_memory, pick_device, to_nowhere
 from model import DecoderLayer, EncoderLayer, ParallelEncoderDecoder
 
-# What torchrun says of this process. It sets all of these: what is set by halves is not from it.
+# What torchrun says of this process. It sets all of these, or it was not torchrun.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
 said, RANK, WORLD_SIZE = {name: os.environ.get(name, "") for name in TORCHRUN}, 0, 1
 if DDP := all(said.values()):
@@ -36,8 +36,8 @@ UNWRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def start_processes(backend: str, device: str) -> str:
-    """Joins the processes of torchrun, where there are any; the device of this one. The master
-    speaks for all: the others' stdout goes nowhere."""
+    """Joins torchrun's processes, if there are any; returns this one's device. Only the master's
+    stdout is shown."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # keep freed memory up to 32 MB a piece: each step asks for the same again
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -85,7 +85,7 @@ def place(model: ParallelEncoderDecoder, device: str, fsdp: bool) -> None:
 
 
 def agree(*values: float) -> list[float]:
-    """The largest of each value over all processes, for which it waits."""
+    """The maximum of each value over all processes, for which it waits."""
     largest = torch.tensor(values or [0.0], dtype=torch.float64)
     if DDP:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -93,7 +93,7 @@ def agree(*values: float) -> list[float]:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process when all are here: the master may still be evaluating, or saving."""
+    """Ends this process when all have come here: the master may still be evaluating or saving."""
     UNDO.close()
     if not DDP:
         sys.exit(status)
@@ -103,7 +103,7 @@ def leave(status: int) -> NoReturn:
 
 
 def end_run(message: str) -> NoReturn:
-    """Ends this process, the master with the line; all come here, or lose the master and end."""
+    """Ends every process that comes here, the master with this line."""
     try:
         if MASTER:
             fail(message)
@@ -114,7 +114,7 @@ def end_run(message: str) -> NoReturn:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, `path` is written; where it cannot be, that is the end of the run."""
+    """Wraps the writing of `path`: if that fails, the run ends with one line."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # the latter: torch.save
@@ -122,8 +122,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def report_errors(checkpoint: Path, resumes: bool) -> None:
-    """From here on what is no fault of this program ends it with one line, not with a traceback. It
-    says how to go on from `checkpoint`, if this run `resumes` it or has written it. Comes after
+    """From here on, errors that are not bugs end the process with one line, not a traceback. The
+    line names `checkpoint` to resume from, if this run `resumes` it or wrote it. Comes after
     `start_processes`, where torch sets a hook of its own."""
     began, before = 0.0 if resumes else time.time(), sys.excepthook
 
@@ -153,10 +153,9 @@ def report_errors(checkpoint: Path, resumes: bool) -> None:
 
 
 def catch_signals() -> list[int]:
-    """Makes STOP_SIGNALS requests to stop, but those that are ignored, as by nohup: the list gets
-    their numbers. The same one again is handled as before, which ends a single process; so is one
-    that comes when an error has ended the script. A stdout that cannot be written is a request,
-    too: SIGPIPE."""
+    """Turns STOP_SIGNALS into requests to stop: the list gets their numbers. Ignored ones, as under
+    nohup, stay ignored. The same signal again ends a single process at once, and so does one after
+    an error has ended the script. A stdout that cannot be written is a request, too: SIGPIPE."""
     caught, script = [], sys._getframe(1)
 
     def on_signal(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Samples text from a checkpoint of train.py; of its folder, ckpt.pt alone is needed.
+"""Samples text from a checkpoint of train.py; of its folder only ckpt.pt is needed.
 
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1
@@ -36,12 +36,12 @@ from view import compiler_works, in_colour, page, see
 # -----------------------------------------------------------------------------
 out_dir = "out"  # the folder of the run
 start = "\n"  # the prompt, in which \n is a line end; or FILE:path
-num_samples = 3  # drawn together, as one batch
+num_samples = 3  # sampled together, as one batch
 max_new_tokens = 500  # in each sample
 stop = ""  # a text that ends a sample, where it first comes after the prompt; \n as in start
 temperature = 0.8  # below 1 less varied, above 1 more; 0: always the likeliest token
-top_k = 200  # draw from the k likeliest tokens only; 0: from all
-top_p = 1.0  # draw from the fewest tokens that hold this probability; 1: from all
+top_k = 200  # sample from the k likeliest tokens; 0: from all
+top_p = 1.0  # sample from the fewest tokens that hold this probability; 1: from all
 seed = 1337  # the same gives the same text; the first sample is the same for any num_samples
 show_experts = False  # colour each token by its experts, in a terminal or with FORCE_COLOR set
 html = ""  # a page to write, which shows what the model, and its experts, do at each token
@@ -58,7 +58,7 @@ settings = override(globals(), sys.argv[1:])
 globals().update(settings)
 
 if not 0 < top_p <= 1:
-    fail(f"top_p={top_p}: must be in (0, 1]; 1 draws from all tokens")
+    fail(f"top_p={top_p}: must be in (0, 1]; 1 keeps all tokens")
 if not 0 <= seed < 2**63:
     fail(f"seed={seed}: must be from 0 to 2**63 - 1")
 if read and not (html or show_experts):
@@ -101,8 +101,8 @@ def given(name: str) -> str:
 
 
 def draw(ids: list[int], number: int, as_it_comes: bool) -> tuple[list[Sample], bool]:
-    """Texts that go on from these tokens, printed as they come or not; and whether by Ctrl-C the
-    user ended them before their time."""
+    """Continues these tokens `number` times, printing as they come if asked to; also whether Ctrl-C
+    ended it early."""
     samples, interrupted = [Sample(ids) for _ in range(number)], False
     prompt = torch.tensor([ids], device=device).expand(number, -1)
     try:
@@ -113,7 +113,7 @@ def draw(ids: list[int], number: int, as_it_comes: bool) -> tuple[list[Sample], 
                     print(shown(new), end="", flush=True)
             if all(sample.ended for sample in samples):
                 break
-    except KeyboardInterrupt:  # what there is counts
+    except KeyboardInterrupt:  # what has been sampled counts
         interrupted = True
     for sample in samples:
         rest = "" if sample.ended else sample.add(final=True)
@@ -123,7 +123,7 @@ def draw(ids: list[int], number: int, as_it_comes: bool) -> tuple[list[Sample], 
 
 
 def converse() -> NoReturn:
-    """Goes on from what the user types, and from all that stands before it, again and again."""
+    """Continues what the user types, and all that stands before it, again and again."""
     print("Type, and the model goes on. \\n is a line end. Ctrl-C stops a text, Ctrl-D ends.")
     text = []
     while True:

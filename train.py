@@ -157,7 +157,7 @@ try:
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
 except (ValueError, OSError, RuntimeError) as error:  # the last: no memory
     if (DDP and "gloo" in str(error)) or getattr(error, "errno", 0) in runtime.UNWRITTEN:
-        raise  # another process has failed, and said why; or stdout has
+        raise  # another process failed and said why, or stdout did
     fail(error)
 model = torch.compile(raw_model) if compile and compiler_works(device) else raw_model
 model = DistributedDataParallel(model) if DDP and not fsdp else model

@@ -39,10 +39,9 @@ OFF, ON = (38, 70, 131), (244, 162, 58)  # RGB of the least and the largest shar
 def expert_statistics(
     model: ParallelEncoderDecoder, tokens: np.ndarray, penalty_scale: float, before: Tensor | None
 ) -> tuple[dict[str, list | float], Tensor | None]:
-    """Statistics of the masks per layer and stack, on 16 windows of tokens, the same at each call;
-    and the decisions on which they rest, to be given to the next call. `changed` is the share of
-    decisions that differ from those `before`. With them the weights that the penalties have now.
-    Nothing for a model without experts."""
+    """Statistics of the masks per layer and stack, on 16 windows of tokens, the same at each call,
+    with the weights that the penalties have now; and the decisions, for the next call. `changed` is
+    the share of decisions that differ from those `before`. Empty for a model without experts."""
     c, T = model.config, model.config.block_size
     if c.n_expert == 0:
         return {}, None
@@ -73,7 +72,7 @@ def estimate_mfu(
 def gemm_peak(device: str) -> float:
     """Floating-point operations a second of a large matrix product, measured once: in bfloat16 on a
     CUDA device that has it, else in float32."""
-    from torch.utils.benchmark import Timer  # here, since sampling needs it not
+    from torch.utils.benchmark import Timer  # here, as sampling does not need it
 
     bfloat16 = pick_dtype("auto", device) == "bfloat16"
     n, dtype = (8192, torch.bfloat16) if bfloat16 else (1024, torch.float32)
@@ -84,7 +83,7 @@ def gemm_peak(device: str) -> float:
 
 
 def compiler_works(device: str) -> bool:
-    """Whether torch.compile works here; where it does not, a line on stderr says why."""
+    """Whether torch.compile works here; if not, a line on stderr says why."""
     try:
         torch.compile(torch.cos)(torch.ones(64, device=device))
         return True
@@ -95,8 +94,8 @@ def compiler_works(device: str) -> bool:
 
 
 def show_sample(model: ParallelEncoderDecoder, tokenizer: Tokenizer, seed: int) -> None:
-    """Prints what the model writes behind the tokenizer's prompt; or why it cannot, as where the
-    encoding of gpt2 is not on this machine."""
+    """Prints a sample that starts with the tokenizer's prompt; or why there is none, as when
+    GPT-2's encoding is not on this machine."""
     try:
         ids = tokenizer.encode(tokenizer.prompt)
     except OSError as error:
@@ -126,7 +125,7 @@ class Seen(NamedTuple):
 
 @torch.inference_mode()
 def see(model: ParallelEncoderDecoder, tokenizer: Tokenizer, text: Tensor) -> Seen:
-    """Looks at a text (1, T) through the windows that generation reads, as if it had drawn all."""
+    """Looks at a text (1, T) through the windows in which generation would have read it."""
     ids, length, block_size = text[0].tolist(), text.size(1), model.config.block_size
     starts = [window_start(end, block_size) for end in range(1, length + 1)]
     loss, likely, came, m = [None], [], [], []

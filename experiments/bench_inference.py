@@ -159,7 +159,7 @@ def build_ours(
 
 
 def build_preset(block_size: int) -> Model:
-    """The model of the CPU preset, but for its block."""
+    """The model of the CPU preset, except for its block."""
     of_model = fields_of(settings_of(str(ROOT / "config/shakespeare_char.py")))
     return build_ours(**of_model | dict(vocab_size=VOCABULARY, block_size=block_size))
 

@@ -168,7 +168,7 @@ def probes() -> None:
         )  # fmt: skip
     majority = 100 * found["lean"][0]["probes"]["the commonest"][target]
     ax.axhline(majority, color=GRAY, linewidth=0.8, linestyle=":")
-    ax.text(3, majority, "always the commonest", ha="right", va="bottom", color=GRAY, fontsize=9)
+    ax.text(3, majority, "majority baseline", ha="right", va="bottom", color=GRAY, fontsize=9)
     ax.set_xticks(range(4), ["embedding", "layer 1", "layer 2", "layer 3"])
     ax.set_ylabel("next characters told by a linear map, %")
     ax.legend(fontsize=9)

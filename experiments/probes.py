@@ -80,7 +80,7 @@ def held_out(n: int) -> Tensor:
 
 
 def probe(x: Tensor, targets: dict[str, Tensor]) -> dict[str, float]:
-    """The share of each target (N, T) that a linear map of x (N, T, C) names rightly."""
+    """The held-out accuracy, for each target (N, T), of a linear probe of x (N, T, C)."""
     torch.manual_seed(0)
     tested = held_out(len(x))
     train, test = x[~tested].flatten(0, 1), x[tested].flatten(0, 1)
