@@ -105,8 +105,8 @@ def lag() -> Iterator[dict]:
 
 
 def passes() -> Iterator[dict]:
-    """What do dropout and learned dropout do for a short text that is read 15 times? Not measured
-    yet."""
+    """What do dropout and learned dropout do for a short text that is read 15 times? Dropout lowers
+    the best loss, learned dropout hardly; with much L1 it overfits less."""
     learned = "--router_input=encoder --l1_norm=squared --penalty_schedule=exponential"
     few = ("none", "dropout=0.1", "hidden, l1_weight=0.3", "output, l1_weight=0.3")
     of_gpt = (*few, "dropout=0.2")

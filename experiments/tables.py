@@ -518,6 +518,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": rates,
     "glance": glance,
     "lag": lag,
+    "passes": passes,
     "works": lambda: compared(runs("works")),
     "variants": lambda: compared(runs("variants")),
     "curve": curve,
@@ -531,7 +532,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def of_question(name: str) -> str:
     """The tables of a question of run.py."""
     several = {"inside": ("probes", "cuts, all", "use")}
-    tables = TABLES | {"sizes": sizes, "passes": passes}
+    tables = TABLES | {"sizes": sizes}
     return "\n\n".join(
         tables[table]() if table in tables else compared(runs(table))
         for table in several.get(name, (name,))
