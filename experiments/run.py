@@ -76,7 +76,7 @@ def tuned(name: str) -> str:
 
 def rates() -> Iterator[dict]:
     """Which learning rates suit the models of `glance`, on a seed that it does not report? Most
-    learn best at ours, some at 1.6 times it."""
+    models learn best at the rates of PRESENT, some at 1.6 times these."""
     for name, (settings, peer) in MODELS.items():
         for factor in (0.6, 1, 1.6):
             rate = f"--learning_rate={factor * RATE:g}"
@@ -92,7 +92,7 @@ def glance() -> Iterator[dict]:
 
 def lag() -> Iterator[dict]:
     """Does it cost anything to run the stacks side by side, and not one after the other? With
-    lateral no: lag 0 is as good or better at each depth."""
+    lateral no: stacks side by side are as good as stacks in series, or better."""
     for L, width, lags in ((2, 84, (0, 1, 2)), (4, 60, (0, 1, 2, 3, 4)), (8, 44, (0, 4, 8))):
         size = f"{PRESENT} --n_embd={width} --n_layer={L}"
         for k in lags:
@@ -126,8 +126,8 @@ def passes() -> Iterator[dict]:
 
 
 def works() -> Iterator[dict]:
-    """Does the first table hold on the complete works, four times as long? Yes: lean is as good as
-    a GPT, and GPTs whose prompts cost as much are behind."""
+    """Does the first table hold on the complete works, four times as long? On the complete works,
+    too, lean is as good as a GPT, and GPTs whose prompts cost as much are behind."""
     for name, (_, peer) in MODELS.items():
         yield run(name, f"{tuned(name)} --dataset=shakespeare_works", 3, peer)
 
