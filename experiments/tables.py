@@ -354,8 +354,13 @@ def glance() -> str:
     found = runs("glance")
     path = {"canonical": 3, "lean, own keys and values": 3, "lean": 3, "serial": 4, "YOCO": 4}
     heads = "| parameters: | loss: | to GPT: | | operations of a prompt: | of a new token: "
-    heads += "| cache, bytes: | layers on the critical path:"
-    lines = []
+    heads += "| cache, bytes: | layers on the critical path: "
+    heads += "| at 79 M, 4,096 tokens, s: | a token behind them, ms:"
+    timed, lines = read("bench_inference.json"), []
+    prompts = {row["model"]: f"{row['ms'] / 1000:.2f}" for row in timed["prompt"]["rows"]
+               if row["size"] == 768 and row["prompt"] == 4096}  # fmt: skip
+    tokens = {row["model"]: f"{row['ms']:.1f}" for row in timed["decode"]["rows"]
+              if (row["size"], row["texts"], row["behind"]) == (768, 1, 4096)}  # fmt: skip
     for name, rows in found.items():
         first = rows[0]
         depth = re.search(r"decoder_only --n_layer=(\d)", first["settings"])
@@ -364,6 +369,7 @@ def glance() -> str:
             *judged(rows, found["GPT"]),
             f"{first['prompt_flops']:,.0f}", f"{first['token_flops']:,.0f}",
             f"{first['cache_bytes']:,}", depth[1] if depth else str(path[name]),
+            prompts.get(name, ""), tokens.get(name, ""),
         ))  # fmt: skip
     return markdown(heads, lines)
 
