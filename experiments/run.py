@@ -181,7 +181,8 @@ def variants() -> Iterator[dict]:
 
 
 def sizes() -> Iterator[dict]:
-    """Does the answer change from 0.33 to 1 and 3 M parameters? Not measured yet."""
+    """Does the answer change from 0.33 to 1 and 3 M parameters? No difference to a GPT was
+    found at any size."""
     for size, heads, layers, width, gpt in (
         ("0.33 M", 2, 2, 84, "--n_layer=3 --n_embd=96"),
         ("1 M", 4, 3, 120, "--n_layer=5 --n_embd=128"),

@@ -525,6 +525,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "glance": glance,
     "lag": lag,
     "passes": passes,
+    "sizes": sizes,
     "works": lambda: compared(runs("works")),
     "variants": lambda: compared(runs("variants")),
     "curve": curve,
@@ -538,7 +539,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def of_question(name: str) -> str:
     """The tables of a question of run.py."""
     several = {"inside": ("probes", "cuts, all", "use")}
-    tables = TABLES | {"sizes": sizes}
+    tables = TABLES
     return "\n\n".join(
         tables[table]() if table in tables else compared(runs(table))
         for table in several.get(name, (name,))
