@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from shutil import get_terminal_size, which
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -32,25 +32,26 @@ def lock_folder(settings: dict[str, Any]) -> None:
         lock = UNDO.enter_context(open(Path(folder, ".lock"), "w", encoding="utf-8"))
     except OSError as error:
         fail(f"out_dir={folder!r}: cannot be used: {error.strerror}")
+    if is_taken(lock, "LOCK_EX"):
+        fail(f"out_dir={folder!r}: another run is writing there; choose another --out_dir")
+
+
+def is_taken(lock: TextIO, kind: str) -> bool:
+    """Locks an open file, unless another process has; whether it has. False without file locks."""
     with suppress(ImportError, OSError):
         import fcntl
 
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, getattr(fcntl, kind) | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(f"out_dir={folder!r}: another run is writing there; choose another --out_dir")
+            return True
+    return False
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a run is writing there now; False without file locks."""
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        with open(folder / ".lock", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+    with suppress(OSError), open(folder / ".lock", encoding="utf-8") as lock:
+        return is_taken(lock, "LOCK_SH")
     return False
 
 
@@ -76,7 +77,7 @@ def show_iteration(
     time_left = f"{left // 60}:{left % 60:02} left"
     on = "" if experts_on is None else f", experts on {experts_on:.1%}"
     speed = f"{tokens_per_second:,.0f} tok/s" + (f", mfu {mfu:.0%}" if mfu <= 1 else "")
-    if not (sys.stdout.isatty() and hasattr(sys.stdout, "renew")):
+    if not sys.stdout.isatty():
         time = f"time {dt * 1000:.2f}ms"
         print(f"iter {iter_num}: loss {loss:.4f}, {time}, {speed}, {time_left}{on}")
         return

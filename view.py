@@ -199,9 +199,6 @@ def in_colour(seen: Seen) -> str:
 def page(texts: list[Seen]) -> str:
     """The texts, and view.html, which shows them."""
 
-    def steps(m: Tensor) -> list[list[int]]:
-        return (63 * m + 0.5).int().flatten(1).tolist()  # 32 and more are on
-
     words: dict[str, int] = {}
     layers, stacks, experts = texts[0].m.shape[1:]
     data = {
@@ -212,7 +209,10 @@ def page(texts: list[Seen]) -> str:
             {
                 "tokens": seen.tokens,
                 "loss": [None if x is None else round(x, 3) for x in seen.loss],
-                "m": ["".join(DIGITS[k] for k in of) for of in steps(seen.m)],
+                "m": [  # in 64 steps, of which the upper 32 are on
+                    "".join(DIGITS[k] for k in of)
+                    for of in (63 * seen.m + 0.5).int().flatten(1).tolist()
+                ],
                 "likely": [
                     [[words.setdefault(t, len(words)), round(1e4 * p)] for t, p in after]
                     for after in seen.likely
@@ -298,10 +298,11 @@ def main(args: list[str]) -> None:
     pages = [arg.removeprefix("--html=") for arg in args if arg.startswith("--html=")]
     folders = [arg for arg in args if not arg.startswith("-")]
     unknown = [arg for arg in args if arg.startswith("-") and not arg.startswith("--html=")]
+    if set(unknown) - {"-h", "--help"}:
+        fail(f"{unknown[0]}: unknown; there is --html=FILE")
     if unknown or not folders:
-        asks = not set(unknown) - {"-h", "--help"}
-        print(__doc__ if asks else f"view.py: {unknown[0]}: unknown; there is --html=FILE")
-        sys.exit(0 if asks else 2)
+        print(__doc__)
+        sys.exit(0)
     try:
         runs = [read_run(folder) for folder in folders]
         rows = table(runs)

@@ -170,7 +170,7 @@ def probes() -> None:
     ax.axhline(majority, color=GRAY, linewidth=0.8, linestyle=":")
     ax.text(3, majority, "majority baseline", ha="right", va="bottom", color=GRAY, fontsize=9)
     ax.set_xticks(range(4), ["embedding", "layer 1", "layer 2", "layer 3"])
-    ax.set_ylabel("next characters told by a linear map, %")
+    ax.set_ylabel("accuracy of a linear probe, %")
     ax.legend(fontsize=9)
     save("probes")
 

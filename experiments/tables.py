@@ -539,9 +539,8 @@ TABLES: dict[str, Callable[[], str]] = {
 def of_question(name: str) -> str:
     """The tables of a question of run.py."""
     several = {"inside": ("probes", "cuts, all", "use")}
-    tables = TABLES
     return "\n\n".join(
-        tables[table]() if table in tables else compared(runs(table))
+        TABLES[table]() if table in TABLES else compared(runs(table))
         for table in several.get(name, (name,))
     )
 

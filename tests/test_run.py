@@ -119,6 +119,7 @@ def test_repeat_says_whether_the_loss_is_equal(trained, monkeypatch, capsys):
         (["config/canonical.py", "--seeds=11"], "--seeds=11: must be .* at most 10"),
         (["lag", "--name=lag"], "no run has this name, seed and peer; the names are: 2"),
         (["--repeat=7"], "--repeat=7: must be a line of results.jsonl, 1 to 0"),
+        (["--repeat=0"], "--repeat=0: must be a line of results.jsonl, 1 to 0"),
     ],
 )
 def test_a_mistake_gets_one_line(argv, said, trained):
