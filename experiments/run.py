@@ -466,10 +466,8 @@ def main(argv: list[str]) -> None:
         return
     meta = ROOT / "data/shakespeare_char/meta.json"
     if not meta.exists() or json.loads(meta.read_text("utf-8"))["source"] != "tinyshakespeare":
-        sys.exit(
-            "data/shakespeare_char must hold tinyshakespeare: download it, then run\n"
-            "  python prepare_shakespeare.py --input_file=PATH"
-        )
+        how = "download it, and run prepare_shakespeare.py --input_file=PATH"
+        sys.exit(f"data/shakespeare_char must hold tinyshakespeare: {how}")
     if options.repeat is not None:
         repeat(read_rows(RESULTS), options.repeat)
     if options.sweep:
