@@ -75,12 +75,12 @@ def tuned(name: str) -> str:
 
 
 def rates() -> Iterator[dict]:
-    """Which learning rates suit the models of `glance`, on a seed that it does not report? Most
+    """Which learning rates suit the models of `glance`, on seeds that it does not report? Most
     models learn best at the rates of PRESENT, some at 1.6 times these."""
     for name, (settings, peer) in MODELS.items():
         for factor in (0.6, 1, 1.6):
             rate = f"--learning_rate={factor * RATE:g}"
-            yield run(f"{name}, {factor:g}", f"{PRESENT} {settings} {rate}", (100,), peer)
+            yield run(f"{name}, {factor:g}", f"{PRESENT} {settings} {rate}", (100, 101, 102), peer)
 
 
 def glance() -> Iterator[dict]:
@@ -120,11 +120,12 @@ def passes() -> Iterator[dict]:
             f"{site}, l1_weight={weight}": f"{fields} {learned} --l1_weight={weight}"
             for site, fields in sites.items() for weight in (0.05, 0.3, 1)
         }  # fmt: skip
-        steps = 15 * length // (12 * 64)
+        steps, rate = 15 * length // (12 * 64), f"--learning_rate={1.6 * RATE:g}"
         how = f"--dataset=shakespeare_first_{length} --max_iters={steps} --eval_iters=50 "
         how += f"--lr_decay_iters={steps} --eval_interval={steps // 8}"
         for way in only or ways:
-            yield run(f"{model}, {length:,}; {way}", f"{tuned(model)} {how} {ways[way]}", 3)
+            settings = f"{PRESENT} {MODELS[model][0]} {rate} {how} {ways[way]}"
+            yield run(f"{model}, {length:,}; {way}", settings, 3)
 
 
 def works() -> Iterator[dict]:

@@ -337,11 +337,11 @@ def compared(found: dict[str, list[dict]]) -> str:
 
 
 def rates() -> str:
-    """The losses at three learning rates, on a seed that is not reported."""
+    """The losses at three learning rates, the mean over seeds that are not reported."""
     found, lines = runs("rates"), {}
-    for name, (row,) in found.items():
+    for name, rows in found.items():
         model, _, factor = name.rpartition(", ")
-        lines.setdefault(model, {})[factor] = f"{row['val_loss']:.3f}"
+        lines.setdefault(model, {})[factor] = f"{mean(rows):.3f}"
     factors = ("0.6", "1", "1.6")
     heads = "learning rate, times | " + " | ".join(f"{factor}:" for factor in factors)
     return markdown(
