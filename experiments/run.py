@@ -162,6 +162,8 @@ def variants() -> Iterator[dict]:
         yield run(change, f"{LEAN} --{change}", 5 if change == "lateral=False" else 3)
     w_lat = f"{LEAN} --lateral=False --n_embd=80"
     yield run("d = d + W_lat LN(e), 80 wide", w_lat, 5, "w_lat()")
+    attentive = f"{LEAN} --decoder_self_attention=True --n_embd=76"
+    yield run("decoder_self_attention=True, 76 wide", attentive, 3)
     yield run("canonical", CANONICAL, 3)
     # Each of these beside the one that is named before the semicolon.
     full, learned = "decoder_self_attention=True", "position_embedding=learned"
