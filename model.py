@@ -311,7 +311,7 @@ def round_mask(m: Tensor, training: bool) -> Tensor:
 
 
 def entropy(m: Tensor) -> Tensor:
-    """-m log2(m), not Bernoulli's entropy. At m = 0 the slope is infinite; 0 here, as dm/dA is."""
+    """-m log2(m), not Bernoulli's entropy. Its infinite slope at m = 0 counts as 0, as dm/dA is."""
     return -m * torch.log2(torch.where(m > 0, m, 1.0))
 
 
@@ -454,12 +454,12 @@ class ParallelEncoderDecoder(nn.Module):
         return ModelOutput(logits, loss, metrics)
 
     def step(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """The logits (B, 1, V) of what follows idx (B, T). A cache is filled: use torch.no_grad."""
+        """The logits (B, 1, V) of what follows idx (B, T). Writes to a cache: use torch.no_grad."""
         d = self.stacks(idx, cache, last=True).d[-1]
         return F.linear(self.ln_out(d[:, -1:]), self.tok_emb.weight)
 
     def stacks(self, idx: Tensor, cache: Cache | None = None, last: bool = False) -> Stacks:
-        """Both streams of idx (B, T), layer by layer; with `last` what the last logits need."""
+        """Both streams of idx (B, T), by layer; with `last` only what the last logits need."""
         self._check(idx, cache)
         c, L = self.config, self.config.n_layer
         x, rotation = self.embed(idx, cache)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# a, b, c of each step: the three that bring all singular values from 0.005 to 1 closest to 1, which
-# is 0.5 to 1.5 (computed as in Polar Express, arXiv:2505.16932), with that paper's margin of 1.01,
-# without which rounding in bfloat16 can blow up.
+# a, b, c of each step: the three steps that bring all singular values from 0.005 to 1 closest to 1,
+# between 0.5 and 1.5 (computed as in Polar Express, arXiv:2505.16932). That paper's margin of 1.01
+# keeps rounding errors in bfloat16 from growing.
 POLAR_EXPRESS = (
     (8.2987, -24.4305, 18.0903),
     (3.9152, -2.9211, 0.5592),
@@ -30,8 +30,8 @@ def orthogonalize(X: Tensor) -> Tensor:
     """X (N, r, c) with its singular values brought near 1, most to 0.5 to 1.5: U S V^T to U V^T.
 
     A Newton-Schulz step takes X to a X + b (X X^T) X + c (X X^T)^2 X, which acts on the singular
-    values alone. The steps of a wide X are taken on X X^T, and multiplied to X once, at the end;
-    not in bfloat16, where X X^T loses the small singular values and the steps blow them up.
+    values alone. For a wide X the steps are computed from X X^T, and X is multiplied once, at the
+    end; not in bfloat16, where X X^T loses the small singular values and the steps blow them up.
     """
     if X.size(-2) > X.size(-1):
         return orthogonalize(X.mT).mT
@@ -52,8 +52,8 @@ def orthogonalize(X: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; a group's `rows` are those of the matrices that each of
-    its weights stacks, as (C, C) for keys and values in one.
+    """Nesterov momentum, orthogonalised. A group's `rows` are the rows of the matrices that are
+    stacked in each of its weights, such as (C, C) for keys and values.
 
     `lr` is how far a step moves a weight of r rows and c columns, as a spectral norm, over
     sqrt(max(1, r / c)). `weight_decay` is decoupled: a step takes lr * weight_decay of the weight.
@@ -116,7 +116,7 @@ def is_sharded(p: Any) -> bool:
 
 
 def share_of(p: Tensor, whole: Tensor) -> Tensor:
-    """`whole`, the same tensor in all processes, sharded as p is; as it is where p is not."""
+    """`whole` (the same in all processes), sharded like p; unchanged where p is not sharded."""
     if not is_sharded(p) or whole.shape != p.shape:
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -126,8 +126,8 @@ def share_of(p: Tensor, whole: Tensor) -> Tensor:
 
 
 def gather(state: Any, keep: bool) -> Any:
-    """A state_dict, or a list of them, with its sharded tensors whole and on the CPU; they are None
-    where it does not `keep` them."""
+    """A state_dict, or a list of them, with sharded tensors gathered on the CPU; they are None in a
+    process that does not `keep` them."""
     if isinstance(state, dict):
         return {name: gather(value, keep) for name, value in state.items()}
     if isinstance(state, list):
@@ -139,7 +139,7 @@ def gather(state: Any, keep: bool) -> Any:
 
 
 def grad_norm(params: Iterable[Tensor]) -> Tensor:
-    """The norm of the gradient, of all processes that share it, as a 0-dim tensor."""
+    """The norm of the whole gradient, over all processes that share it; a 0-dim tensor."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     return norm.full_tensor() if is_sharded(norm) else norm
 
@@ -147,11 +147,11 @@ def grad_norm(params: Iterable[Tensor]) -> Tensor:
 def configure_optimizers(
     model: nn.Module, adamw: dict[str, Any], muon: dict[str, Any] | None
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters of the model; or Muon for the weights of its nn.Linear modules, of
-    which one with `sizes` stacks matrices of so many rows, AdamW for the rest.
+    """AdamW for all parameters of the model; or Muon for the weights of its nn.Linear modules, and
+    AdamW for the rest. The weight of a Linear with `sizes` stacks matrices of so many rows.
 
-    `adamw` and `muon` are their arguments, `muon` None to do without. AdamW's weight decay acts on
-    parameters of two dimensions and more.
+    `adamw` and `muon` are their arguments; with muon=None, AdamW trains all. Its weight decay acts
+    on parameters of two dimensions and more.
     """
     matrices = defaultdict(list)  # weights, by the rows of the matrices that each of them stacks
     for module in model.modules() if muon is not None else ():
@@ -172,8 +172,8 @@ def configure_optimizers(
 
 
 def restore(optimizers: list[torch.optim.Optimizer], saved: list[dict[str, Any]]) -> None:
-    """Puts the states of earlier optimizers, by `state_dict`, into these; their groups, with the
-    learning rates, stay as they are. ValueError where a state is not of such parameters."""
+    """Loads the saved states, made by `state_dict`, into these optimizers; their groups, with the
+    learning rates, stay as they are. ValueError where a state does not fit the parameters."""
     try:
         for opt, state in zip(optimizers, (dict(one)["state"] for one in saved), strict=True):
             params = [p for group in opt.param_groups for p in group["params"]]

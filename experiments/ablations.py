@@ -1,4 +1,4 @@
-"""What did not pay, or is asked for an answer only: models that no setting of train.py makes.
+"""Models that no setting of train.py makes: ideas that did not pay, and peers to compare with.
 
     python experiments/ablations.py "lag(2)" config/canonical.py --out_dir=out-serial
     python experiments/ablations.py "lag(2)" sample.py --out_dir=out-serial
@@ -251,10 +251,10 @@ def gqa() -> Classes:
 
 
 def embedding_loss(how: str, weight: float) -> Classes:
-    """The origin's loss of the embeddings, in training only: the mean over time of LN_a(E), so far,
-    is drawn to LN_b(e_L), with e_L detached. So it trains the embeddings and the two LayerNorms.
-    "mse"; "cosine": (1 - cos) / 2; "log_cosine": -log((1 + cos) / 2). The weights of both
-    LayerNorms can go to 0, and take the mse with them."""
+    """The origin's embedding loss, in training only. It draws LN_a(E), averaged over the tokens so
+    far, to LN_b(e_L). e_L is detached, so the loss trains the embeddings and the two LayerNorms.
+    "mse"; "cosine": (1 - cos) / 2; "log_cosine": -log((1 + cos) / 2). If the weights of both
+    LayerNorms go to 0, so does the mse."""
     allowed = ("mse", "cosine", "log_cosine")
     require(how in allowed, f"embedding_loss({how!r}): must be one of {', '.join(allowed)}")
     ok = type(weight) in (int, float) and 0 <= weight < math.inf

@@ -1,4 +1,4 @@
-"""What the benchmarks measure alike."""
+"""What the benchmarks share."""
 
 import sys
 from pathlib import Path

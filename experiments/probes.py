@@ -2,16 +2,18 @@
 
     python experiments/probes.py out-canonical/ckpt.pt          prints JSON; half a minute a stream
 
-All on the validation split, which the model never saw, in windows of block_size; the first 8 tokens
-of each are not counted. Probes: for each stream, E and what each layer of each stack leaves, one
-linear map of the standardised vector names the current token, the token 8 back, the next token, the
-speaker (the ten who speak most; their names are not counted) and the place in the line (in groups
-of 8 characters, of its first 64). It is trained on every second group of 32 windows, so that hardly
-a speech is in both; the figure is the share that is right in the others. Cuts: the loss with a
-layer's cross-attention left out, and with one kind of attention, in all layers, that
-sees the last w tokens alone. Experts: the share on by kind of character, by place in the window and
-by speaker, the entropy of each decision, its mutual information with the character, in bits, and
-experts that are never on, or always.
+All on the validation split, in windows of block_size. The first 8 tokens of each do not count.
+
+Probes: for each stream (E, and the output of each layer of each stack) one linear map of the
+standardised vector predicts the current token, the token 8 back, the next token, the speaker (the
+ten who speak most; their names do not count) and the place in the line (in groups of 8 characters,
+of its first 64). It is trained on every second group of 32 windows, so that the two halves share
+hardly any speech. The figure is its accuracy on the other half.
+Cuts: the loss without the cross-attention of one layer, and with one kind of attention limited, in
+all layers, to the last w tokens.
+Experts: the share on by kind of character, by place in the window and by speaker; the entropy of
+each decision and its mutual information with the character, in bits; experts that are never or
+always on.
 """
 
 import json
@@ -45,7 +47,7 @@ KINDS = {  # of characters
 
 
 def targets_of(tokens: Tensor, text: str) -> dict[str, Tensor]:
-    """What the probes shall name, for each token; -100 where it is not counted."""
+    """What the probes predict, for each token; -100 where it does not count."""
     speaker, column = [], []
     spoken, now, before = Counter(), "", "\n"
     for line in text.splitlines(keepends=True):
@@ -141,7 +143,7 @@ def cut(module: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def loss_of(model: ParallelEncoderDecoder, x: Tensor, y: Tensor) -> float:
-    """The cross-entropy over the windows, the skipped tokens not counted."""
+    """The cross-entropy over the windows, without the skipped tokens."""
     y = y.clone()
     y[:, :SKIPPED] = -1
     parts = zip(x.split(64), y.split(64), strict=True)
