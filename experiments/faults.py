@@ -8,7 +8,7 @@
 - Checkpoints, meta.json and .bin files are damaged at random; checkpoints get other values.
 - A text of 100 MB is prepared.
 
-"What was tried to lose a run" in docs/running.md says what counts as lost. The exit status is 1
+"Fault tests" in docs/running.md says what counts as lost. The exit status is 1
 where anything is.
 """
 
@@ -44,7 +44,7 @@ ENDS = {
     "SIGINT": 25,
     "SIGTERM": 25,
     "SIGHUP": 25,
-    "a reader that goes away": 25,
+    "its output's reader goes away": 25,
     "a full disk": 25,
 }
 FAILING = 50  # writes of a short run that are made to fail
@@ -85,7 +85,7 @@ def end(kind: str, folder: Path, rng: random.Random) -> bool:
         whole = not before or load_checkpoint(ckpt)[1]["iter_num"] == before
         return not whole or len(said.splitlines()) != 1
     how = {}
-    if kind == "a reader that goes away":
+    if kind == "its output's reader goes away":
         args.append("--log_interval=1")
         how["stdout"] = subprocess.PIPE
     process = start(folder, *args, **how)
@@ -100,7 +100,7 @@ def end(kind: str, folder: Path, rng: random.Random) -> bool:
         time.sleep(rng.random() * 0.002)
     else:
         time.sleep(rng.random() * 0.1)
-    if kind == "a reader that goes away":
+    if kind == "its output's reader goes away":
         process.stdout.close()
         process.stdout, status = None, 128 + signal.SIGPIPE
     else:
@@ -125,7 +125,7 @@ def end_while_it_trains(folder: Path, rng: random.Random) -> dict[str, Counter]:
         counts[kind]["lost"] += end(kind, folder, rng)
         half = bool(list((folder / "killed").glob("*.tmp")))
         if kind.startswith("kill -9"):
-            counts[kind]["with a file half written"] += half
+            counts[kind]["a file half written"] += half
     finish(start(folder, "--out_dir=killed", "--init_from=resume"))
     return counts
 
@@ -213,7 +213,7 @@ def go_on_with_another_text(folder: Path, rng: random.Random) -> Counter:
         saved, best = load_checkpoint(folder / f"hard{k}/ckpt.pt")[1], min(losses, key=losses.get)
         own = best == 20 or saved["best_val_loss"] == losses[best]
         counts.update(tried=1, lost=int(not (began and own and saved["iter_num"] == best)))
-        counts["with a new best one"] += best > 20
+        counts["a new best checkpoint"] += best > 20
     return counts
 
 
@@ -338,12 +338,12 @@ def main() -> None:
                   for out in ("killed", "alone")]  # fmt: skip
         same = all(torch.equal(states[0][key], states[1][key]) for key in states[1])
         same = same and figures(folder / "killed") == figures(folder / "alone")
-        results["all of these, in one run: its losses and weights"] = Counter(
+        results["all of these in one run: its losses and weights"] = Counter(
             tried=1, lost=int(not same)
         )
 
-        results["a disk that is full from some write on"] = fill_the_disk(folder, rng)
-        results["another text to go on with"] = go_on_with_another_text(folder, rng)
+        results["the disk fills up at a random write"] = fill_the_disk(folder, rng)
+        results["resumed with another text"] = go_on_with_another_text(folder, rng)
         path = folder / "alone/ckpt.pt"
         results["damaged checkpoint"] = try_damaged(
             path,
@@ -351,14 +351,14 @@ def main() -> None:
                         for key, w in load_checkpoint(path)[0].state_dict().items()),
             rng,
         )  # fmt: skip
-        results["checkpoint with another value"] = try_other_values(path.parent, rng)
+        results["checkpoint with one value changed"] = try_other_values(path.parent, rng)
         data = folder / "data/shakespeare_char"
         expected = values(data)
         for file in ("meta.json", "train.bin", "val.bin"):
             results[f"damaged {file}"] = try_damaged(
                 data / file, lambda: values(data) == expected, rng
             )
-        results["text of 100 MB"] = prepare_100_mb(folder)
+        results["preparing 100 MB of text"] = prepare_100_mb(folder)
     print("| what | tried | lost | |\n| --- | ---: | ---: | --- |")
     for what, counts in results.items():
         counts = dict(counts)

@@ -63,7 +63,8 @@ def mean(rows: list[dict], field: str = "val_loss") -> float:
 
 # Student's t at 97.5 %, by the number of values: scipy.stats.t.ppf(0.975, n - 1)
 T_975 = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645, 6: 2.57058}
-T_975 |= {7: 2.44691, 8: 2.36462, 9: 2.30600, 10: 2.26216}
+T_975 |= {7: 2.44691, 8: 2.36462, 9: 2.30600, 10: 2.26216, 11: 2.22814}
+T_975 |= {12: 2.20099, 13: 2.17881, 14: 2.16037, 15: 2.14479}
 
 
 def interval(values: list[float]) -> float:
@@ -117,7 +118,7 @@ def markdown(heads: str, rows: Iterable[Iterable[str]]) -> str:
 
 
 # Seeds of the presets on fast cores, and on slow ones.
-FAST, SLOW = (*range(11, 16),), (*range(21, 26), *range(31, 36))
+FAST, SLOW = (*range(11, 16),), (*range(21, 26), *range(31, 36), *range(41, 46))
 
 
 def recipe_runs(seeds: tuple[int, ...] = FAST) -> dict[str, list[dict]]:
@@ -162,7 +163,7 @@ def summary() -> str:
         name = f"{label} (`{rows[0]['settings']}`)"
         loss = (f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}")
         lines.append((name, *loss, f"{matrices / lean:.2f}"))
-    heads = "two minutes | parameters: | validation loss: | operations of a prompt, lean = 1:"
+    heads = "trained for two minutes | parameters: | loss: | operations per prompt token, lean = 1:"
     return markdown(heads, lines)
 
 
@@ -180,7 +181,7 @@ def recipe(seeds: tuple[int, ...] = FAST) -> str:
             percent(None if rows[0]["experts_on"] is None else mean(rows, "experts_on")),
         ))  # fmt: skip
     shown = f"seeds {seeds[0]} to {seeds[-1]}" if few else "seeds"
-    heads = f"| parameters: | iterations: | {shown} | mean: | to GPT: | experts on:"
+    heads = f"| parameters: | iterations: | {shown} | mean: | vs GPT: | experts on:"
     return markdown(heads, lines)
 
 
@@ -217,14 +218,14 @@ def gpu(part: str) -> str:
              f"{row['seconds']:.0f} s", percent(row["experts_on"] or 0).removeprefix("0%"))
             for row in rows
         ))  # fmt: skip
-    behind, found = "prompt" if part == "prompt" else "behind", {}
+    length, found = "prompt" if part == "prompt" else "behind", {}
     for row in rows:
-        key = (f"{row['C']}", f"{row[behind]:,}", f"{row['texts']}", row["way"])
+        key = (f"{row['C']}", f"{row[length]:,}", f"{row['texts']}", row["way"])
         found.setdefault(key, {}).setdefault(row["model"], row)
     names = [*dict.fromkeys(name for of in found.values() for name in of if name != "GPT")]
     names.sort(key=lambda name: not name.startswith("lean"))
     return markdown(
-        f"width | {behind}: | texts: | way | GPT: | {': | '.join(names)}:",
+        f"width | prompt: | texts: | way | GPT: | {': | '.join(names)}:",
         (
             (*key, f"{of['GPT']['ms']:.2f} ms")
             + tuple(f"{of[name]['speed']:.2f}" if name in of else "" for name in names)
@@ -273,16 +274,15 @@ def prompt() -> str:
             size, *names, *map(time_and_ratio, of), f"{cached[0]:,}",
             f"{cached[0] / cached[1]:.2f}",
         ))  # fmt: skip
-    return markdown(f"{heads} | cache, bytes a token: | to GPT's:", lines)
+    return markdown(f"{heads} | cache, bytes a token: | of GPT's:", lines)
 
 
 def decoding() -> str:
-    """Decoding behind a prompt, from bench_inference.py."""
+    """Decoding after a prompt, from bench_inference.py."""
     found = speeds("decode")
     number = {1: "one text", 10: "ten texts"}
     heads = "size | model | width: | parameters: | " + " | ".join(
-        f"{number[row['texts']]} behind {row['behind']:,}, ms:"
-        for row in next(iter(found.values()))
+        f"{number[row['texts']]} after {row['behind']:,}, ms:" for row in next(iter(found.values()))
     )
     return markdown(heads, ((*names, *map(time_and_ratio, of)) for names, of in found.items()))
 
@@ -329,7 +329,7 @@ def faults() -> str:
 def compared(found: dict[str, list[dict]]) -> str:
     """Each run beside the first, or beside the one that its name has before a semicolon."""
     first = next(iter(found))
-    return markdown(f"| parameters: | seeds: | loss: | to {first}: |", (
+    return markdown(f"| parameters: | seeds: | loss: | vs {first}: |", (
         (name, f"{rows[0]['parameters']:,}", str(len(rows)), f"{mean(rows):.3f}",
          *judged(rows, found.get(name.rpartition("; ")[0] or first, [])))
         for name, rows in found.items()
@@ -353,9 +353,9 @@ def glance() -> str:
     """Loss and costs of the models of one size; operations and bytes are those of a token."""
     found = runs("glance")
     path = {"canonical": 3, "lean, own keys and values": 3, "lean": 3, "serial": 4, "YOCO": 4}
-    heads = "| parameters: | loss: | to GPT: | | operations of a prompt: | of a new token: "
-    heads += "| cache, bytes: | layers on the critical path: "
-    heads += "| at 79 M, 4,096 tokens, s: | a token behind them, ms:"
+    heads = "| parameters: | loss: | vs GPT: | | operations per prompt token: "
+    heads += "| per generated token: | cache, bytes: | layers on the critical path: "
+    heads += "| prompt of 4,096 tokens at 79 M, s: | a token after it, ms:"
     timed, lines = read("bench_inference.json"), []
     prompts = {row["model"]: f"{row['ms'] / 1000:.2f}" for row in timed["prompt"]["rows"]
                if row["size"] == 768 and row["prompt"] == 4096}  # fmt: skip
@@ -375,7 +375,7 @@ def glance() -> str:
 
 
 def lag() -> str:
-    """The decoder k layers behind the encoder; L + L layers are in series from k = L on."""
+    """Layer l of the decoder reads layer l + k of the encoder; in series from k = L on."""
     found, lines = runs("lag"), []
     for name, rows in found.items():
         depth, what = name.split(", ", 1)
@@ -389,8 +389,8 @@ def lag() -> str:
             name, f"{rows[0]['parameters']:,}", str(path), f"{mean(rows):.3f}", *judged(rows, base),
             f"{mean(plain):.3f}" if plain else "", *of_plain,
         ))  # fmt: skip
-    heads = "| parameters: | layers on the critical path: | loss: | to lag 0: | "
-    return markdown(f"{heads} | without lateral: | to lag 0: |", lines)
+    heads = "| parameters: | layers on the critical path: | loss: | vs lag 0: | "
+    return markdown(f"{heads} | without lateral: | vs lag 0: |", lines)
 
 
 def sizes() -> str:
@@ -402,7 +402,7 @@ def sizes() -> str:
             name, f"{rows[0]['parameters']:,}", str(len(rows)), f"{mean(rows):.3f}",
             *judged(rows, base),
         ))  # fmt: skip
-    return markdown("| parameters: | seeds: | loss: | to GPT: |", lines)
+    return markdown("| parameters: | seeds: | loss: | vs GPT: |", lines)
 
 
 def passes() -> str:
@@ -420,8 +420,8 @@ def passes() -> str:
             base = of.get(f"{text}; none", [])
             cells += f"{mean(of[name]):.3f}", *judged(of[name], base)
         lines.append(cells)
-    heads = "model, characters | | seeds: | experts on: | best loss: | to none: | | last loss: "
-    return markdown(f"{heads}| to none: |", lines)
+    heads = "model, characters | | seeds: | experts on: | best loss: | vs none: | | last loss: "
+    return markdown(f"{heads}| vs none: |", lines)
 
 
 def active(rows: list[dict]) -> float:
@@ -436,7 +436,7 @@ def active(rows: list[dict]) -> float:
 def curve() -> str:
     """Active size and loss."""
     found = runs("curve")
-    heads = "| seeds: | parameters: | experts on: | active parameters: | loss: | to dense: |"
+    heads = "| seeds: | parameters: | experts on: | active parameters: | loss: | vs dense: |"
     return markdown(heads, (
         (name, str(len(rows)), f"{rows[0]['parameters']:,}",
          percent(mean(rows, "experts_on") if "experts_on" in rows[0] else None),
@@ -471,6 +471,10 @@ def cuts(whole: bool) -> str:
     names = dict.fromkeys(name for rows in found.values() for name in rows[0]["cuts"])
     telling = r"" if whole else r"nothing|layer|sees (2|8|32)$"
 
+    def said(name: str) -> str:
+        name = re.sub("^(cross_attention of layer)", r"without \1", name)
+        return re.sub(r"sees (\d+)$", r"sees the last \1", name)
+
     def cell(rows: list[dict], name: str) -> str:
         if name not in rows[0]["cuts"]:
             return ""
@@ -479,8 +483,8 @@ def cuts(whole: bool) -> str:
         values = [row["cuts"][name] - row["cuts"]["nothing"] for row in rows]
         return with_interval(values, 3, "+z")
 
-    return markdown("left out | " + " | ".join(f"{model}:" for model in found), (
-        (name, *(cell(rows, name) for rows in found.values()))
+    return markdown("change | " + " | ".join(f"{model}:" for model in found), (
+        (said(name), *(cell(rows, name) for rows in found.values()))
         for name in names if re.search(telling, name)
     ))  # fmt: skip
 

@@ -116,7 +116,7 @@ def test_repeat_says_whether_the_loss_is_equal(trained, monkeypatch, capsys):
         (["lagg"], r"no question 'lagg'; did you mean lag\? \(all: rates, "),
         (["lag", "config/canonical.py"], "a sweep is one argument, alone"),
         (["config/canonical.py", "--seeds=0"], "--seeds=0: must be at least 1"),
-        (["config/canonical.py", "--seeds=11"], "--seeds=11: must be .* at most 10"),
+        (["config/canonical.py", "--seeds=16"], "--seeds=16: must be .* at most 15"),
         (["lag", "--name=lag"], "no run has this name, seed and peer; the names are: 2"),
         (["--repeat=7"], "--repeat=7: must be a line of results.jsonl, 1 to 0"),
         (["--repeat=0"], "--repeat=0: must be a line of results.jsonl, 1 to 0"),
