@@ -121,7 +121,7 @@ def read(path: str | Path) -> dict[str, Any]:
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
         version = checkpoint.get("format", 1 if "tokenizer" in checkpoint else None)
         if version != FORMAT:
-            said = {"None": "it has no format entry, as train.py writes"}
+            said = {"None": "it lacks the format entry that train.py writes"}
             said |= {"1": "it has format 1, which commit fd66022 reads"}
             raise ValueError(said.get(str(version), f"its format is {version!r}: must be {FORMAT}"))
         if (saved := checkpoint.get("ablations", [])) != ABLATIONS:

@@ -106,7 +106,7 @@ class ModelOutput(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Which experts are on, per token: (B, T, G) of one block, (L, stacks, B, T, G) of all."""
+    """Which experts are on, per token: (B, T, G) of one block, (..., B, T, G) of several."""
 
     learned: Tensor  # m, in [0, 1]
     used: Tensor  # r, 0 or 1: sampled from m in training, rounded in evaluation
@@ -114,18 +114,19 @@ class Mask(NamedTuple):
 
 WithMask = tuple[Tensor, Mask | None]  # what a block or a layer returns; None without experts
 
-# Keys and values (B, H, S, D), and which are seen: a mask (T, S), or None for the usual causal one.
+# Keys and values (B, H, S, D), and which are `seen`: booleans (T, S), or None: all up to the query.
 KV = tuple[Tensor, Tensor, Tensor | None]
 
 
 def attend(q: Tensor, kv: KV, dropout: float = 0.0, causal: bool = True) -> Tensor:
     """Multi-head attention of q (B, H, T, D) to kv: (B, T, H D). The queries are of the last T
-    tokens, and see none that follow; with causal=False all are of the newest, and see every key."""
-    (k, v, mask), T, S = kv, q.size(2), kv[0].size(2)
-    mask, causal = None if mask is None else mask[-T:], bool(causal and mask is None and T > 1)
+    tokens, and see none that follow; with causal=False all are of the newest token."""
+    (k, v, seen), T, S = kv, q.size(2), kv[0].size(2)
+    causal = causal and seen is None and T > 1  # a single query sees every key
+    seen = None if seen is None else seen[-T:]
     if causal and T != S:  # several tokens behind a cache
-        mask, causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T), False
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        seen, causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T), False
+    y = F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=causal)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -181,7 +182,7 @@ class Context(NamedTuple):
 
     rotation: Tensor | None = None  # of `heads`, with rotary positions
     cache: Cache | None = None
-    last: bool = False  # of this layer's result only the last position will be read
+    last: bool = False  # only the last position of this layer's result will be read
 
     def remember(self, module: nn.Module, k: Tensor, v: Tensor) -> KV:
         return (k, v, None) if self.cache is None else self.cache.update(module, k, v)
@@ -244,8 +245,7 @@ class Router(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W2 (GELU(W1 x) * r), or at the site `output` (W2 GELU(W1 x)) * r; without experts r is 1.
-    See "Learned dropout" in docs/settings.md."""
+    """W2 (GELU(W1 x) * r), or at the site `output` (W2 GELU(W1 x)) * r; without experts r is 1."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -258,17 +258,17 @@ class FeedForward(nn.Module):
     def forward(
         self, x: Tensor, memory: Tensor | None = None, context: Context = Context()
     ) -> WithMask:
-        """x (B, T, C) to (B, T, C). The router reads x (site `output`: W2's output); with
-        router_input="encoder" a decoder layer's reads `memory` (B, S, C)."""
+        """x (B, T, C) to (B, T, C), or with context.last and a router, which reads all, (B, 1, C).
+        Routers read x (site `output`: W2's output), or with router_input="encoder" any `memory`."""
         if self.router is None:
             return self.dropout(self.w2(F.gelu(self.w1(x)))), None
-        source = memory if self.router_input == "encoder" else None
         if self.site == "output":
-            y = self.w2(F.gelu(self.w1(x)))
-            mask = self.router(y if source is None else source, x.size(1), context)
-            return self.dropout(apply_mask(y, mask.used)), mask
-        source, x = (x if source is None else source), (x[:, -1:] if context.last else x)
+            x = self.w2(F.gelu(self.w1(x)))
+        source = x if memory is None or self.router_input == "hidden" else memory
+        x = x[:, -1:] if context.last else x
         mask = self.router(source, x.size(1), context)
+        if self.site == "output":
+            return self.dropout(apply_mask(x, mask.used)), mask
         if self.skips(mask.used):
             return self.dropout(self.skip_experts(x, mask.used)), mask
         return self.dropout(self.w2(apply_mask(F.gelu(self.w1(x)), mask.used))), mask
@@ -319,8 +319,8 @@ def mask_statistics(mask: Mask, l1_norm: str) -> dict[str, Tensor]:
     """Means over batch, time and experts of a Mask (..., B, T, G), each (...)."""
     m, r = mask
     l1 = m if l1_norm == "linear" else m.square() / 2  # |m| is m
-    of_m = {"entropy": entropy(m), "l1": l1, "near_one": m > 0.9, "near_zero": m < 0.1}
-    values = of_m | {"experts_on": r >= 0.5}
+    values = {"entropy": entropy(m), "l1": l1, "near_one": m > 0.9}
+    values |= {"near_zero": m < 0.1, "experts_on": r >= 0.5}
     return {name: x.to(m.dtype).flatten(-3).mean(dim=-1) for name, x in values.items()}
 
 
@@ -349,8 +349,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Makes d_l of d (d_{l-1}, the lateral term added), of `memory`, LN(e_l), and of its keys and
-    values kv. d is of all positions or of the last one. context.last is as in EncoderLayer."""
+    """Makes d_l from d (d_{l-1} plus the lateral term), `memory` (LN(e_l)), and kv, its keys and
+    values. d has all positions or the last one. context.last is as in EncoderLayer."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -400,8 +400,8 @@ class ParallelEncoderDecoder(nn.Module):
             if not config.lateral:
                 self.w_in = nn.Linear(C, C, bias=bias)
             states = [f"e{k}" for k in range(0 if config.shared_kv else 1, L + 1)]
-            self.ln_memory = nn.ModuleDict({e: nn.LayerNorm(C, bias=bias) for e in states})
-            self.key_value = nn.ModuleDict({e: KeyValueProjection(config) for e in states})
+            self.ln_memory = nn.ModuleDict({name: nn.LayerNorm(C, bias=bias) for name in states})
+            self.key_value = nn.ModuleDict({name: KeyValueProjection(config) for name in states})
             self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(L))
         layer = DecoderLayer if config.arch == "parallel" else EncoderLayer
         self.decoder = nn.ModuleList(layer(config) for _ in range(L))
@@ -431,8 +431,8 @@ class ParallelEncoderDecoder(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, penalty_scale: float | Tensor = 1.0
     ) -> ModelOutput:
-        """Reads idx (B, T), T <= block_size; targets (B, T) are token ids, negative where they do
-        not count. loss = cross-entropy + penalty_scale (lambda_H H(m) + lambda_1 L1(m))."""
+        """Reads idx (B, T), T <= block_size; targets (B, T) are token ids, negative for no
+        cross-entropy. loss = cross-entropy + penalty_scale (lambda_H H(m) + lambda_1 L1(m))."""
         if targets is None:
             return ModelOutput(self.step(idx), None, {})
         if targets.shape != idx.shape:
@@ -455,8 +455,8 @@ class ParallelEncoderDecoder(nn.Module):
 
     def step(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """The logits (B, 1, V) of what follows idx (B, T). Writes to a cache: use torch.no_grad."""
-        d = self.stacks(idx, cache, last=True).d[-1]
-        return F.linear(self.ln_out(d[:, -1:]), self.tok_emb.weight)
+        d = self.stacks(idx, cache, last=True).d[-1]  # (B, 1, C)
+        return F.linear(self.ln_out(d), self.tok_emb.weight)
 
     def stacks(self, idx: Tensor, cache: Cache | None = None, last: bool = False) -> Stacks:
         """Both streams of idx (B, T), by layer; with `last` only what the last logits need."""
@@ -477,7 +477,7 @@ class ParallelEncoderDecoder(nn.Module):
             one_token = last and cache is not None and idx.size(1) == 1  # decoding
             for k in range(L + 1):  # makes d_k (k > 0) of e_k and d_{k-1}, and e_{k+1} of e_k
                 if k > 0 or c.shared_kv:
-                    memory = self.ln_memory[f"e{k}"](e)
+                    memory = self.ln_memory[f"e{k}"](e)  # what d reads of e_k
                     kv = self.key_value[f"e{k}"](memory, usual)  # if shared, also of encoder[k]
                 if k > 0 and c.lateral:
                     d = d + (tail(e, d) - tail(previous_e, d))
@@ -499,7 +499,7 @@ class ParallelEncoderDecoder(nn.Module):
 
     def _pair(self, k, d, e, memory, kv, context):
         """Layers k of the decoder and k + 1 of the encoder, for one token: both queries go through
-        one attention, so that the keys and values of e_k are read from memory once."""
+        one attention, so that the keys and values of e_k are loaded once."""
         dec, enc = self.decoder[k - 1], self.encoder[k]
         d = dec.self_attention(d, context)
         of_d = dec.cross_attention.queries(dec.ln_cross(d), context)
@@ -540,9 +540,7 @@ class ParallelEncoderDecoder(nn.Module):
             rows, past, size = cache.batch, cache.length, min(size, cache.size)
         fits = idx.dim() == 2 and not idx.is_floating_point() and 1 <= idx.size(1) <= size - past
         if not fits or not (rows in ("B", len(idx)) or (len(idx) == 1 and past == 0)):
-            allowed = (
-                f"token ids ({rows}, T), T from 1 to {size - past} (the block, less the cached)"
-            )
+            allowed = f"token ids ({rows}, T), T from 1 to {size - past} (the room that is left)"
             raise ValueError(f"idx is {idx.dtype} {tuple(idx.shape)}: must be {allowed}")
 
     def num_params(self) -> int:
@@ -559,8 +557,8 @@ class ParallelEncoderDecoder(nn.Module):
         top_p: float | None = None, use_cache: bool = True,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """What `generate` adds to idx (B, T), as it comes: (B, 1) each. A full window moves by half
-        a block. The generator's numbers are drawn row by row; the rest as in sample_token."""
+        """The tokens (B, 1) that `generate` adds to idx (B, T), one by one. A full window moves by
+        half a block. The generator draws row by row; the rest as in sample_token."""
         self._check(idx[..., -self.config.block_size :])
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must not be negative")
@@ -599,10 +597,11 @@ def evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def compile_step(model: ParallelEncoderDecoder, **options: Any) -> None:
-    """Compiles `model.step` for one token behind a cache; options are those of torch.compile."""
+    """Makes `model.step` run compiled for one token behind a cache, anew for each cache size;
+    options are those of torch.compile."""
     eager = type(model).step
     how = dict(fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=1000)
-    compiled = torch.compile(eager, **how, **options)
+    compiled = torch.compile(eager, **how | options)
 
     def step(self: ParallelEncoderDecoder, idx: Tensor, cache: Cache | None = None) -> Tensor:
         past = 0 if cache is None else cache.length
@@ -615,7 +614,7 @@ def compile_step(model: ParallelEncoderDecoder, **options: Any) -> None:
 
 
 def window_start(length: int, block_size: int) -> int:
-    """Where the window on a text starts: after the fewest steps of half a block that let it fit."""
+    """Where the window on a text starts: after as few half blocks as let the rest fit."""
     step = max(1, block_size // 2)
     return step * math.ceil(max(0, length - block_size) / step)
 
@@ -623,7 +622,7 @@ def window_start(length: int, block_size: int) -> int:
 def sample_token(
     logits: Tensor, draw: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
-    """The token (B, 1) of logits (B, V) that the numbers `draw` (B,), uniform in [0, 1), choose.
+    """A token (B, 1) of each row of logits (B, V), chosen by `draw` (B,), uniform in [0, 1).
     Temperature 0 is greedy; `top_k` keeps the k likeliest tokens, `top_p` the fewest that hold the
     probability p. ValueError for what is out of range, and for logits that are NaN or infinite."""
     if not 0 <= temperature < math.inf:

@@ -1291,6 +1291,13 @@ def test_another_number_of_texts_is_compiled_again(compilations):
         assert len(compilations) == graphs
 
 
+def test_options_of_compiling_can_be_changed(compilations):
+    model, text = build(LEAN), random_ids(1, 5)
+    expected = model.generate(text, 9, temperature=0)
+    compile_step(model, fullgraph=False, dynamic=None)
+    assert torch.equal(model.generate(text, 9, temperature=0), expected) and len(compilations) == 1
+
+
 def test_a_copy_of_a_compiled_model_has_weights_of_its_own(compilations):
     model, text = build(LEAN), random_ids(1, 5)
     compile_step(model)
