@@ -269,7 +269,7 @@ if best[0] < math.inf and run.get("measured", measured) != measured and evaluate
     now, (raw_model, kept) = raw_model, checkpoint.load_best(path, saved_is_best)
     runtime.place(raw_model, device, fsdp)
     best, raw_model = (estimate_loss("val"), kept["iter_num"]), now
-    print(f"what the loss is measured on has changed: at best {best[0]:.4f}, at step {best[1]}")
+    print(f"the evaluation data has changed: at best {best[0]:.4f}, at step {best[1]}")
 if not eval_only:
     log.start(settings, iter_num if resumes else None)
 size = f"{raw_model.num_params():,} parameters, {arch} on {device} in {dtype}"

@@ -44,7 +44,7 @@ ENDS = {
     "SIGINT": 25,
     "SIGTERM": 25,
     "SIGHUP": 25,
-    "its output's reader goes away": 25,
+    "a broken output pipe": 25,
     "a full disk": 25,
 }
 FAILING = 50  # writes of a short run that are made to fail
@@ -85,7 +85,7 @@ def end(kind: str, folder: Path, rng: random.Random) -> bool:
         whole = not before or load_checkpoint(ckpt)[1]["iter_num"] == before
         return not whole or len(said.splitlines()) != 1
     how = {}
-    if kind == "its output's reader goes away":
+    if kind == "a broken output pipe":
         args.append("--log_interval=1")
         how["stdout"] = subprocess.PIPE
     process = start(folder, *args, **how)
@@ -100,7 +100,7 @@ def end(kind: str, folder: Path, rng: random.Random) -> bool:
         time.sleep(rng.random() * 0.002)
     else:
         time.sleep(rng.random() * 0.1)
-    if kind == "its output's reader goes away":
+    if kind == "a broken output pipe":
         process.stdout.close()
         process.stdout, status = None, 128 + signal.SIGPIPE
     else:
@@ -125,7 +125,7 @@ def end_while_it_trains(folder: Path, rng: random.Random) -> dict[str, Counter]:
         counts[kind]["lost"] += end(kind, folder, rng)
         half = bool(list((folder / "killed").glob("*.tmp")))
         if kind.startswith("kill -9"):
-            counts[kind]["a file half written"] += half
+            counts[kind]["left a temporary file"] += half
     finish(start(folder, "--out_dir=killed", "--init_from=resume"))
     return counts
 
@@ -213,7 +213,7 @@ def go_on_with_another_text(folder: Path, rng: random.Random) -> Counter:
         saved, best = load_checkpoint(folder / f"hard{k}/ckpt.pt")[1], min(losses, key=losses.get)
         own = best == 20 or saved["best_val_loss"] == losses[best]
         counts.update(tried=1, lost=int(not (began and own and saved["iter_num"] == best)))
-        counts["a new best checkpoint"] += best > 20
+        counts["found a better checkpoint"] += best > 20
     return counts
 
 

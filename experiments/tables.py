@@ -323,7 +323,7 @@ def faults() -> str:
     for name, row in read("faults.json").items():
         rest = (f"{k}: {v}" for k, v in row.items() if k not in ("tried", "lost"))
         lines.append((name, f"{row['tried']:,}", str(row["lost"]), ", ".join(rest)))
-    return markdown("what | tried: | lost: |", lines)
+    return markdown("test | tried: | lost: | what happened", lines)
 
 
 def compared(found: dict[str, list[dict]]) -> str:

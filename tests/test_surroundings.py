@@ -504,7 +504,7 @@ def test_a_best_loss_is_that_of_the_best_model_on_what_is_measured_now(
     after = torch.load("out/ckpt.pt", weights_only=True)
     assert all(torch.equal(after["model"][k], w) for k, w in best["model"].items())
     assert after["iter_num"] == best["iter_num"] and not os.path.exists("out/ckpt_best.pt")
-    assert bool(change) == ("what the loss is measured on has changed: at best " in printed)
+    assert bool(change) == ("the evaluation data has changed: at best " in printed)
     if change and kept == "ckpt.pt":
         loss = re.search(r"has changed: at best (\S+), at step 20\n", printed)[1]
         assert call(change, "--init_from=resume", "--eval_only", tiny=False) == 0
@@ -543,6 +543,6 @@ def test_a_run_that_goes_on_with_another_text_saves_its_best(prepared, tmp_path)
     succeed(tmp_path, "train.py", *args)
     assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["iter_num"] == 20
     printed = succeed(tmp_path, "train.py", *args, "--dataset=other")
-    assert "what the loss is measured on has changed: at best " in printed
+    assert "the evaluation data has changed: at best " in printed
     found = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert found["iter_num"] > 20 and found["best_val_loss"] > 0.5 and found["is_best"]
