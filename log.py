@@ -75,15 +75,17 @@ def show_iteration(
     if not MASTER:
         return
     time_left = f"{left // 60}:{left % 60:02} left"
-    on = "" if experts_on is None else f", experts on {experts_on:.1%}"
-    speed = f"{tokens_per_second:,.0f} tok/s" + (f", mfu {mfu:.0%}" if mfu <= 1 else "")
+    what = f"iter {iter_num}: loss {loss:.4f}"
+    on = [] if experts_on is None else [f"experts on {experts_on:.1%}"]
+    speed = [f"{tokens_per_second:,.0f} tok/s", *([f"mfu {mfu:.0%}"] if mfu <= 1 else [])]
     if not sys.stdout.isatty():
-        time = f"time {dt * 1000:.2f}ms"
-        print(f"iter {iter_num}: loss {loss:.4f}, {time}, {speed}, {time_left}{on}")
+        print(", ".join([what, f"time {dt * 1000:.2f}ms", *speed, time_left, *on]))
         return
     bar = "#" * round(20 * done)
-    line = f"[{bar:.<20}] {time_left}, iter {iter_num}: loss {loss:.4f}, {speed}{on}"
-    sys.stdout.renew(line[: get_terminal_size().columns - 1])
+    line, width = f"[{bar:.<20}] {time_left}", get_terminal_size().columns
+    for part in (what, *on, *speed):  # as many as fit
+        line += f", {part}" if len(line) + len(part) + 2 < width else ""
+    sys.stdout.renew(line[: width - 1])
 
 
 def add(settings: dict[str, Any], row: dict[str, float | list]) -> None:

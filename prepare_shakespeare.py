@@ -160,7 +160,8 @@ def prepare(
     raw, found = find_text(path, folder)
     digest = hashlib.sha256(raw).hexdigest()
     source = SOURCES.get(digest, found)
-    print(f"  it is {source}")
+    if digest in SOURCES:
+        print(f"  it is {source}")
     try:
         text = text_of(raw, kind)
     except UnicodeDecodeError as error:

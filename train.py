@@ -364,9 +364,10 @@ if evaluates:
         runtime.leave(0)
     log.add(settings, {"iter": iter_num, "whole_val_loss": loss, **val, "seconds": seconds})
     follows = decay_lr and min_lr < learning_rate and 0 == max_seconds == settings["lr_decay_iters"]
-    if follows and best[1] >= 2 * warmup_iters and losses.get("val_loss", 0.0) > 1.01 * best[0]:
+    if follows and losses.get("val_loss", 0.0) > 1.01 * best[0]:
         shorter = f"a run with --max_iters={best[1]} is likely to be better"
-        print(f"the validation loss has risen since step {best[1]}: {shorter}")
+        advice = shorter if best[1] >= 2 * warmup_iters else "try --dropout=0.1, or more text"
+        print(f"the validation loss has risen since step {best[1]}: {advice}")
     if not fsdp:  # which would gather all layers for each token
         show_sample(raw_model, tokenizer, seed)
     if path.exists():

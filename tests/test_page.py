@@ -168,8 +168,9 @@ def shown(browser):
     return browser.execute_script(
         "return [[...document.querySelectorAll('#grid button')].map(b => [+b.dataset.expert, "
         "+b.dataset.m, b.classList.contains('on')]), "
-        "[...document.querySelectorAll('#likely tr')].map(r => [...r.children].map("
-        "c => c.textContent)), tokens.findIndex(t => t.span.classList.contains('pinned'))]"
+        "[...document.querySelectorAll('#likely tr')].map(r => [...[...r.children].map("
+        "c => c.textContent), r.className]), "
+        "tokens.findIndex(t => t.span.classList.contains('pinned'))]"
     )
 
 
@@ -180,10 +181,14 @@ def assert_card(browser, model, seen, k, pinned):
     assert [e for e, *_ in grid] == list(range(len(m)))
     for (_, value, on), true in zip(grid, m, strict=True):
         assert abs(value - true) < 1 / 126 + 1e-6 and on == (true >= 0.5)
-    names = {" ": "␣", "\n": "↵"}
-    for (text, percent, _), (true, p) in zip(likely, seen.likely[k], strict=True):
+    names, expected, after = {" ": "␣", "\n": "↵"}, [*seen.likely[k]], TEXT[k + 1 : k + 2]
+    if after and seen.came[k] < 0:  # what came is shown in any case
+        expected.append((after, math.exp(-seen.loss[k + 1])))
+    for (text, percent, *_), (true, p) in zip(likely, expected, strict=True):
         assert text == names.get(true, true)
         assert math.isclose(float(percent.split()[0]), 100 * p, abs_tol=0.51)
+    came = [text for text, *_, name in likely if name == "next"]
+    assert came == [names.get(character, character) for character in after]
 
 
 def test_a_token_is_pinned_by_click_and_by_keyboard(opened, browser):

@@ -63,7 +63,7 @@ def test_a_question_is_asked_once_and_prints_its_table_each_time(trained, monkey
             "",
             "depth: How deep? Not very.",
             "",
-            "|  | parameters | seeds | loss | to 1 layers |  |",
+            "|  | parameters | seeds | loss | vs 1 layers |  |",
             "| --- | ---: | ---: | ---: | ---: | --- |",
             "| 1 layers | 1,000 | 3 | 1.600 |  |  |",
             f"| 2 layers | 2,000 | 3 | 1.701 | +0.100 ± {half:.3f} | worse |",

@@ -66,6 +66,13 @@ def test_a_table_of_runs(runs):
     assert found["dropout"] == ["0.2", "0.0", "0.2", "0.2"]
 
 
+def test_a_run_shows_what_it_was_fine_tuned_from(runs):
+    how = ("--max_iters=2", "--lr_decay_iters=2", "--eval_interval=2", "--warmup_iters=1")
+    succeed(runs, "train.py", "--init_from=done", "--out_dir=tuned", *how)
+    lines = succeed(runs, "view.py", "done", "tuned").splitlines()
+    assert [line.split()[1:] for line in lines if line.startswith("init_from")] == [["-", "done"]]
+
+
 @pytest.mark.parametrize(
     "args, said",
     [

@@ -134,7 +134,7 @@ def test_a_new_run_may_have_another_block(positions, block_size, place, capsys):
         (("--init_from=absent",), "init_from='absent': must be scratch, resume, or the path"),
         (("--init_from=data",), "init_from='data/ckpt.pt': must be scratch, resume, or the path"),
         (("--init_from=mine.txt",), "mine.txt: not a whole checkpoint of train.py: File is not a"),
-        (("--init_from=foreign.pt",), "foreign.pt: not a checkpoint of this model: it has no "),
+        (("--init_from=foreign.pt",), "foreign.pt: not a checkpoint of this model: it lacks "),
         (("--init_from=bare.pt",), "bare.pt: has no entry 'tokenizer'; it was not written by"),
         (("--init_from=a", "--dataset=odd"), "data/odd: not the vocabulary of a/ckpt.pt; prepare "
          "it with --vocabulary_of=data/shakespeare_char"),
@@ -233,6 +233,8 @@ def test_a_run_closes_with_the_checkpoint_that_it_keeps(overfitted, quicker, mon
     torch.manual_seed(1337)
     drawn = model.generate(torch.tensor([tokenizer.encode("\n")]), 300, 0.8, top_k=200)
     assert f"A sample:\n{tokenizer.decode(drawn[0].tolist())}\n" in printed
+    assert call(*OVERFIT, "--out_dir=early", "--warmup_iters=100") == 0  # and best before 200
+    assert "try --dropout=0.1, or more text\n" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_keeps_the_same_checkpoint(overfitted, monkeypatch):
