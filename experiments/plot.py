@@ -79,7 +79,7 @@ def glance() -> None:
     ax.axhline(0, color=GRAY, linewidth=0.8)
     ax.margins(x=0.35)
     ax.set_xlabel("thousand operations a token of a prompt")
-    ax.set_ylabel("loss less the GPT's, nats per character")
+    ax.set_ylabel("loss minus the GPT's, nats per character")
     save("glance")
 
 
@@ -101,7 +101,7 @@ def lag() -> None:
             )  # fmt: skip
         ax.axhline(0, color=GRAY, linewidth=0.8)
         ax.set_title("without lateral" if form else "with lateral", fontsize=10)
-        ax.set_ylabel("loss less lag 0's, nats")
+        ax.set_ylabel("loss minus lag 0's, nats")
     axes[0].legend(fontsize=9)
     axes[1].set_xlabel("lag of the decoder, layers (0: side by side; L: in series)")
     save("lag")
@@ -143,7 +143,7 @@ def variants() -> None:
         )
     ax.axvline(0, color=GRAY, linewidth=0.8)
     ax.set_yticks(range(len(found)), list(found))
-    ax.set_xlabel("loss less lean's, nats per character")
+    ax.set_xlabel("loss minus lean's, nats per character")
     save("variants")
 
 

@@ -116,6 +116,9 @@ def test_the_curves_end_where_the_logs_do(runs, browser, width, tmp_path):  # no
         "r => [...r.children].map(c => c.textContent))"
     )
     assert shown[:2] == [["run", *NAMES], ["", *STATES]]
+    (losses,) = (row[1:] for row in shown if row[0] == "best loss")
+    bold = "return [...document.querySelectorAll('#table .best')].map(c => c.textContent)"
+    assert {*browser.execute_script(bold)} == {min(losses)}
     contrast, where = browser.execute_script(LEAST_CONTRAST)
     assert contrast >= 4.5, where
     charts = browser.find_elements("css selector", "#on svg[role=img]")
