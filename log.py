@@ -83,8 +83,10 @@ def show_iteration(
         return
     bar = "#" * round(20 * done)
     line, width = f"[{bar:.<20}] {time_left}", get_terminal_size().columns
-    for part in (what, *on, *speed):  # as many as fit
-        line += f", {part}" if len(line) + len(part) + 2 < width else ""
+    for part in (what, *on, *speed):  # whole parts, as many as fit
+        if part != what and len(line) + len(part) + 2 >= width:
+            break
+        line += f", {part}"
     sys.stdout.renew(line[: width - 1])
 
 

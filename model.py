@@ -122,7 +122,7 @@ def attend(q: Tensor, kv: KV, dropout: float = 0.0, causal: bool = True) -> Tens
     """Multi-head attention of q (B, H, T, D) to kv: (B, T, H D). The queries are of the last T
     tokens, and see none that follow; with causal=False all are of the newest token."""
     (k, v, seen), T, S = kv, q.size(2), kv[0].size(2)
-    causal = causal and seen is None and T > 1  # a single query sees every key
+    causal = bool(causal and seen is None and T > 1)  # a single query sees every key
     seen = None if seen is None else seen[-T:]
     if causal and T != S:  # several tokens behind a cache
         seen, causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T), False
@@ -245,7 +245,8 @@ class Router(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W2 (GELU(W1 x) * r), or at the site `output` (W2 GELU(W1 x)) * r; without experts r is 1."""
+    """W2 (GELU(W1 x) * r), or at the site `output` (W2 GELU(W1 x)) * r, with r of a Router, or 1
+    without experts. See "Learned dropout" in docs/settings.md."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -377,7 +378,7 @@ class DecoderLayer(nn.Module):
 
 
 class Stacks(NamedTuple):
-    """Every state of both streams, each (B, T, C), and every mask; with `last` use d[-1] alone."""
+    """Every state of both streams, each (B, T, C), and every mask; with `last` d[-1] (B, 1, C)."""
 
     e: list[Tensor]  # e_0 to e_L; empty for decoder_only
     d: list[Tensor]  # d_0 to d_L
@@ -597,8 +598,8 @@ def evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def compile_step(model: ParallelEncoderDecoder, **options: Any) -> None:
-    """Makes `model.step` run compiled for one token behind a cache, anew for each cache size;
-    options are those of torch.compile."""
+    """Makes `model.step` run compiled for one token behind a cache, compiled anew for each shape
+    (texts, tokens) of the cache; options are those of torch.compile."""
     eager = type(model).step
     how = dict(fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=1000)
     compiled = torch.compile(eager, **how | options)

@@ -225,6 +225,7 @@ def save_checkpoint(is_best: bool) -> None:
     state = dict(iter_num=iter_num, seconds=seconds, config=settings, tokenizer=asdict(tokenizer))
     state |= dict(best_val_loss=best[0], best_iter=best[1], is_best=is_best)
     state |= dict(decisions=decisions, measured=measured, model_args=asdict(raw_model.config))
+    state |= dict(begun_from=run.get("begun_from", init_from))
     state |= dict(model=raw_model.state_dict(), scaler=scaler.state_dict())
     state |= dict(optimizers=[opt.state_dict() for opt in optimizers])
     state = gather(state, keep=MASTER)  # plain dicts, too
@@ -366,7 +367,7 @@ if evaluates:
     follows = decay_lr and min_lr < learning_rate and 0 == max_seconds == settings["lr_decay_iters"]
     if follows and losses.get("val_loss", 0.0) > 1.01 * best[0]:
         shorter = f"a run with --max_iters={best[1]} is likely to be better"
-        advice = shorter if best[1] >= 2 * warmup_iters else "try --dropout=0.1, or more text"
+        advice = shorter if best[1] >= 2 * warmup_iters else "try more text, or more dropout"
         print(f"the validation loss has risen since step {best[1]}: {advice}")
     if not fsdp:  # which would gather all layers for each token
         show_sample(raw_model, tokenizer, seed)

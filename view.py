@@ -70,8 +70,8 @@ def estimate_mfu(
 
 @cache
 def gemm_peak(device: str) -> float:
-    """Floating-point operations a second of a large matrix product, the fastest of half a second:
-    in bfloat16 on a CUDA device that has it, else in float32. Measured once."""
+    """Floating-point operations a second of a large matrix product, in the fastest block of half a
+    second: in bfloat16 on a CUDA device that has it, else in float32. Measured once."""
     from torch.utils.benchmark import Timer  # here, as sampling does not need it
 
     bfloat16 = pick_dtype("auto", device) == "bfloat16"
@@ -255,10 +255,8 @@ def read_run(folder: str) -> dict[str, Any]:
     for name in ("ckpt.pt", "ckpt_best.pt"):  # the settings; a run that just began has none yet
         with suppress(Exception):
             saved = torch.load(path / name, map_location="cpu", weights_only=True, mmap=True)
-            of_run = saved["config"]
-            settings = {k: v for k, v in of_run.items() if k not in OF_EACH_CALL}
-            if of_run["init_from"] not in ("scratch", "resume"):  # it was fine-tuned
-                settings["init_from"] = of_run["init_from"]
+            settings = {k: v for k, v in saved["config"].items() if k not in OF_EACH_CALL}
+            settings["init_from"] = saved.get("begun_from", "?")
             break
     closing = next((row for row in reversed(rows) if "whole_val_loss" in row), {})
     best = min(curve, key=lambda row: row["val_loss"])
@@ -290,8 +288,7 @@ def table(runs: list[dict[str, Any]]) -> list[list[str]]:
         found += [f"{run['best_iter']:,}"]
         found += ["-" if run["whole"] is None else f"{run['whole']:.4f}"]
         found += ["-" if run["experts_on"] is None else f"{run['experts_on']:.1%}"]
-        missing = "-" if run["settings"] else "?"
-        return found + [str(run["settings"].get(name, missing)) for name in names]
+        return found + [str(run["settings"].get(name, "?")) for name in names]
 
     names = differing(runs)
     heads = ["run", "", "step", "seconds", "best loss", "at step", "whole split", "experts on"]

@@ -236,15 +236,15 @@ def gqa() -> Classes:
 
     class Attention(model.Attention):
         def forward(self, x, kv, context, last=False):
-            k, v, mask = self.key_value(x, context)
+            k, v, seen = self.key_value(x, context)
             q = self.queries(x[:, -1:] if last else x, context)  # (B, H, T, D)
             dropout = self.dropout.p if self.training else 0.0
             if q.size(2) > 1:
-                kv = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), mask
+                kv = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), seen
                 return self.output(attend(q, kv, dropout))
             # The two queries of a group go side by side, so that its keys are read once.
             q = q.view(len(q), 2, -1, q.size(-1)).transpose(1, 2)  # (B, H / 2, 2, D)
-            y = attend(q, (k, v, mask), dropout, causal=False)  # (B, 2, C / 2)
+            y = attend(q, (k, v, seen), dropout, causal=False)  # (B, 2, C / 2)
             return self.output(y.flatten(1)[:, None])
 
     return KeyValueProjection, Attention, needs(arch="decoder_only")

@@ -109,7 +109,7 @@ class InSeries(ParallelEncoderDecoder):
         if cache is None or idx.size(1) > 1:
             return super().stacks(idx, cache, last)
         (e, rotation), L = self.embed(idx, cache), self.config.n_layer
-        # `states` keeps what both streams read until they meet: its memory must not be used before.
+        # `states` keeps what both streams read: its memory must not be reused before they meet.
         d, states, context = e, [], Context(rotation, cache)
         for k in range(L + 1):
             memory = self.ln_memory[f"e{k}"](e)

@@ -359,7 +359,7 @@ def main() -> None:
                 data / file, lambda: values(data) == expected, rng
             )
         results["preparing 100 MB of text"] = prepare_100_mb(folder)
-    print("| what | tried | lost | |\n| --- | ---: | ---: | --- |")
+    print("| test | tried | lost | what happened |\n| --- | ---: | ---: | --- |")
     for what, counts in results.items():
         counts = dict(counts)
         numbers = f"{counts.pop('tried')} | {counts.pop('lost')}"

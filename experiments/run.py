@@ -120,6 +120,7 @@ def passes() -> Iterator[dict]:
             f"{site}, l1_weight={weight}": f"{fields} {learned} --l1_weight={weight}"
             for site, fields in sites.items() for weight in (0.05, 0.3, 1)
         }  # fmt: skip
+        # The rate is fixed: each way is compared with none at the same rate.
         steps, rate = 15 * length // (12 * 64), f"--learning_rate={1.6 * RATE:g}"
         how = f"--dataset=shakespeare_first_{length} --max_iters={steps} --eval_iters=50 "
         how += f"--lr_decay_iters={steps} --eval_interval={steps // 8}"

@@ -318,7 +318,7 @@ def sparse() -> str:
 
 
 def faults() -> str:
-    """What was tried to lose something, from faults.py."""
+    """The fault tests, from faults.py."""
     lines = []
     for name, row in read("faults.json").items():
         rest = (f"{k}: {v}" for k, v in row.items() if k not in ("tried", "lost"))

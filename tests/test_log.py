@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,6 +138,26 @@ def test_the_line_of_an_iteration(mfu, shown, capsys):
     log.show_iteration(20, 1.5, 0.25, 12345.6, mfu, 61, 0.1, 0.982)
     line = f"iter 20: loss 1.5000, time 250.00ms, 12,346 tok/s{shown}, 1:01 left, experts on 98.2%"
     assert capsys.readouterr().out == line + "\n"
+
+
+@pytest.mark.parametrize(
+    "width, rest",
+    [
+        (45, "iter 20: l"),
+        (60, "iter 20: loss 1.5000"),
+        (75, "iter 20: loss 1.5000, experts on 98.2%"),
+        (90, "iter 20: loss 1.5000, experts on 98.2%, 12,346 tok/s"),
+        (200, "iter 20: loss 1.5000, experts on 98.2%, 12,346 tok/s, mfu 35%"),
+    ],
+)
+def test_a_terminal_shows_what_fits(width, rest, monkeypatch):
+    renewed = []
+    out = SimpleNamespace(isatty=lambda: True, renew=renewed.append)
+    monkeypatch.setattr(log, "get_terminal_size", lambda: os.terminal_size((width, 24)))
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", out)
+        log.show_iteration(20, 1.5, 0.25, 12345.6, 0.35, 61, 0.1, 0.982)
+    assert renewed == [f"[##{'.' * 18}] 1:01 left, {rest}"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")

@@ -190,6 +190,8 @@ def test_learning_rates_are_the_best_of_three():
         model, _, factor = name.rpartition(", ")
         found.setdefault(model, {})[float(factor)] = tables.mean(rows)
     assert set(found) == set(run.MODELS) or not tables.runs("glance")
+    seeds = {tuple(row["seed"] for row in rows) for rows in tables.runs("rates").values()}
+    assert seeds == {(100, 101, 102)}
     for name, losses in found.items():
         assert len(losses) == 3 and min(losses, key=losses.get) == run.RATES.get(name, 1), name
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from common import OFFLINE, TINY, evaluations, run, start, succeed
 from test_page import LEAST_CONTRAST, browser, needs_chromium  # noqa: F401
@@ -69,8 +70,10 @@ def test_a_table_of_runs(runs):
 def test_a_run_shows_what_it_was_fine_tuned_from(runs):
     how = ("--max_iters=2", "--lr_decay_iters=2", "--eval_interval=2", "--warmup_iters=1")
     succeed(runs, "train.py", "--init_from=done", "--out_dir=tuned", *how)
-    lines = succeed(runs, "view.py", "done", "tuned").splitlines()
-    assert [line.split()[1:] for line in lines if line.startswith("init_from")] == [["-", "done"]]
+    succeed(runs, "train.py", "--init_from=resume", "--out_dir=tuned", "--max_iters=4")
+    lines = succeed(runs, "view.py", "done", "resumed", "tuned").splitlines()
+    found = [line.split()[1:] for line in lines if line.startswith("init_from")]
+    assert found == [["scratch", "scratch", "done"]]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,20 @@ def test_the_curves_end_where_the_logs_do(runs, browser, width, tmp_path):  # no
     (losses,) = (row[1:] for row in shown if row[0] == "best loss")
     bold = "return [...document.querySelectorAll('#table .best')].map(c => c.textContent)"
     assert {*browser.execute_script(bold)} == {min(losses)}
+    shutil.copytree(runs / "done", other := runs / f"other{width}")
+    saved = torch.load(other / "ckpt.pt", weights_only=True)
+    torch.save(saved | {"config": saved["config"] | {"dataset": "another"}}, other / "ckpt.pt")
+    for names, row in ((NAMES[:2], "whole split"), (("done", other.name), None)):
+        succeed(runs, "view.py", *names, "--html=two.html", env=OFFLINE)
+        browser.get((runs / "two.html").as_uri())
+        cells = browser.execute_script(
+            "return [...document.querySelectorAll('#table tr')].map("
+            "r => [...r.children].map(c => [c.textContent, c.className]))"
+        )
+        found = {of[0][0]: [text for text, name in of[1:] if name == "best"] for of in cells}
+        least = [min(text for text, _ in of[1:]) for of in cells if of[0][0] == row]
+        assert [{*texts} for texts in found.values() if texts] == [{x} for x in least]
+    browser.get((runs / "runs.html").as_uri())
     contrast, where = browser.execute_script(LEAST_CONTRAST)
     assert contrast >= 4.5, where
     charts = browser.find_elements("css selector", "#on svg[role=img]")
