@@ -82,8 +82,8 @@ def rates() -> Iterator[dict]:
 
 
 def glance() -> Iterator[dict]:
-    """Does it beat a plain GPT, or other ways to a cheap prompt? No difference from a plain GPT
-    was found at equal parameters; GPTs with prompts as cheap as lean's are behind."""
+    """Does it beat a plain GPT, or other ways to a cheap prompt? At equal
+    parameters lean is as good as a plain GPT; a narrower GPT with a prompt as cheap is behind."""
     for name, (_, peer) in MODELS.items():
         yield run(name, tuned(name), 5, peer)
 
@@ -128,8 +128,8 @@ def passes() -> Iterator[dict]:
 
 
 def works() -> Iterator[dict]:
-    """Does the first table hold on the complete works, four times as long? On the complete works,
-    too, lean is as good as a GPT, and GPTs with prompts as cheap as lean's are behind."""
+    """Does the first table hold on the complete works, four times as long? On the complete
+    works no difference from a plain GPT was found; GPTs with prompts as cheap are behind."""
     for name, (_, peer) in MODELS.items():
         yield run(name, f"{tuned(name)} --dataset=shakespeare_works", 3, peer)
 
