@@ -82,9 +82,9 @@ def show_iteration(
         print(", ".join([what, f"time {dt * 1000:.2f}ms", *speed, time_left, *on]))
         return
     bar = "#" * round(20 * done)
-    line, width = f"[{bar:.<20}] {time_left}", get_terminal_size().columns
-    for part in (what, *on, *speed):  # whole parts, as many as fit
-        if part != what and len(line) + len(part) + 2 >= width:
+    line, width = f"[{bar:.<20}] {time_left}, {what}", get_terminal_size().columns
+    for part in (*on, *speed):  # whole parts, as many as fit
+        if len(line) + len(part) + 2 >= width:
             break
         line += f", {part}"
     sys.stdout.renew(line[: width - 1])

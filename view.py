@@ -70,8 +70,8 @@ def estimate_mfu(
 
 @cache
 def gemm_peak(device: str) -> float:
-    """Floating-point operations a second of a large matrix product, in the fastest block of half a
-    second: in bfloat16 on a CUDA device that has it, else in float32. Measured once."""
+    """Floating-point operations a second of a large matrix product, in the fastest block of 0.2
+    seconds: in bfloat16 on a CUDA device that has it, else in float32. Measured once."""
     from torch.utils.benchmark import Timer  # here, as sampling does not need it
 
     bfloat16 = pick_dtype("auto", device) == "bfloat16"
@@ -79,7 +79,7 @@ def gemm_peak(device: str) -> float:
     generator = torch.Generator(device).manual_seed(0)  # leaves the global one as it is
     a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-    return 2 * n**3 / min(timer.blocked_autorange(min_run_time=0.5).times)
+    return 2 * n**3 / min(timer.blocked_autorange(min_run_time=0.2).times)
 
 
 def compiler_works(device: str) -> bool:

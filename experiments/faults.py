@@ -8,8 +8,7 @@
 - Checkpoints, meta.json and .bin files are damaged at random; checkpoints get other values.
 - A text of 100 MB is prepared.
 
-"Fault tests" in docs/running.md says what counts as lost. The exit status is 1
-where anything is.
+"Fault tests" in docs/running.md says what counts as lost. The exit status is 1 where anything is.
 """
 
 import json
@@ -32,7 +31,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import tables  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from muon import configure_optimizers, restore  # noqa: E402
 from prepare_shakespeare import load_data  # noqa: E402
@@ -359,13 +359,8 @@ def main() -> None:
                 data / file, lambda: values(data) == expected, rng
             )
         results["preparing 100 MB of text"] = prepare_100_mb(folder)
-    print("| test | tried | lost | what happened |\n| --- | ---: | ---: | --- |")
-    for what, counts in results.items():
-        counts = dict(counts)
-        numbers = f"{counts.pop('tried')} | {counts.pop('lost')}"
-        rest = ", ".join(f"{name}: {value}" for name, value in counts.items())
-        print(f"| {what} | {numbers} | {rest} |")
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(tables.faults())
     sys.exit(any(counts["lost"] for counts in results.values()))
 
 

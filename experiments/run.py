@@ -68,7 +68,8 @@ EXPERTS = (  # penalties as in config/shakespeare_char_sparse.py
 
 
 def tuned(name: str) -> str:
-    """The settings of one of MODELS, at the learning rate that `rates` finds the best for each."""
+    """The settings of one of MODELS, at the learning rate that `rates` finds the best for each. It
+    is that of PRESENT, named again, as the runs in results.jsonl have it."""
     return f"{PRESENT} {MODELS[name][0]} --learning_rate={RATE:g}"
 
 
@@ -82,8 +83,8 @@ def rates() -> Iterator[dict]:
 
 
 def glance() -> Iterator[dict]:
-    """Does it beat a plain GPT, or other ways to a cheap prompt? At equal
-    parameters lean is as good as a plain GPT; a narrower GPT with a prompt as cheap is behind."""
+    """Does it beat a plain GPT, or other ways to a cheap prompt? At equal parameters lean is as
+    good as a plain GPT; a narrower GPT with a prompt as cheap is behind."""
     for name, (_, peer) in MODELS.items():
         yield run(name, tuned(name), 5, peer)
 
@@ -128,8 +129,8 @@ def passes() -> Iterator[dict]:
 
 
 def works() -> Iterator[dict]:
-    """Does the first table hold on the complete works, four times as long? On the complete
-    works no difference from a plain GPT was found; GPTs with prompts as cheap are behind."""
+    """Does the first table hold on the complete works, four times as long? On the complete works no
+    difference from a plain GPT was found; GPTs with prompts as cheap are behind."""
     for name, (_, peer) in MODELS.items():
         yield run(name, f"{tuned(name)} --dataset=shakespeare_works", 3, peer)
 
