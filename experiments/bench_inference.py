@@ -98,7 +98,7 @@ class Size(NamedTuple):
     n_layer: int  # of each stack; a GPT has twice as many
 
 
-SIZES = (Size(384, 6, 6), Size(768, 12, 6))
+SIZES = (Size(96, 2, 6), Size(384, 6, 6), Size(768, 12, 6))
 WITH_EXPERTS = (
     dict(vocab_size=VOCABULARY, block_size=256, n_layer=3, n_head=6, n_embd=384),
     dict(vocab_size=50257, block_size=1024, n_layer=6, n_head=12, n_embd=768),
