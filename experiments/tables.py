@@ -152,19 +152,19 @@ def summary() -> str:
     """The losses of the presets, and what a token of a prompt costs."""
     # In matrices of C x C. A GPT's last layer makes keys and values alone; a router has 48 rows.
     lean, routers = 2 * 10 + 3 * 2, 4 * 48 / 96
-    lines = []
+    found, lines = recipe_runs(), []
     for preset, label, matrices in (
         ("decoder_only", "plain GPT", 2 * 12 + 2),
         ("decoder_only --n_layer=4", "plain GPT of lean's size", 3 * 12 + 2),
         ("shakespeare_char_dense", "lean, no experts", lean),
         ("shakespeare_char", "lean, 16 experts", lean + routers),
     ):
-        rows = recipe_runs()[preset]
+        rows = found[preset]
         name = f"{label} (`{rows[0]['settings']}`)"
-        loss = (f"{rows[0]['parameters']:,}", f"{mean(rows):.3f}")
-        lines.append((name, *loss, f"{matrices / lean:.2f}"))
-    heads = "trained for two minutes | parameters: | loss: | operations per prompt token, lean = 1:"
-    return markdown(heads, lines)
+        loss = (f"{mean(rows):.3f}", show_difference(rows, found["decoder_only"]))
+        lines.append((name, f"{rows[0]['parameters']:,}", *loss, f"{matrices / lean:.2f}"))
+    heads = "trained for two minutes | parameters: | loss: | vs GPT: "
+    return markdown(f"{heads}| operations per prompt token, lean = 1:", lines)
 
 
 def recipe(seeds: tuple[int, ...] = FAST) -> str:
@@ -341,12 +341,13 @@ def rates() -> str:
     found, lines = runs("rates"), {}
     for name, rows in found.items():
         model, _, factor = name.rpartition(", ")
-        lines.setdefault(model, {})[factor] = f"{mean(rows):.3f}"
-    factors = ("0.6", "1", "1.6")
-    heads = "learning rate, times | " + " | ".join(f"{factor}:" for factor in factors)
-    return markdown(
-        heads, ((name, *(of.get(f, "") for f in factors)) for name, of in lines.items())
-    )
+        lines.setdefault(model, {})[factor] = rows
+    heads = "learning rate, times | 1: | 0.6: | | 1.6: |"
+    return markdown(heads, (
+        (name, f"{mean(base):.3f}" if (base := of.get("1", [])) else "",
+         *judged(of.get("0.6", []), base), *judged(of.get("1.6", []), base))
+        for name, of in lines.items()
+    ))  # fmt: skip
 
 
 def glance() -> str:
