@@ -198,6 +198,21 @@ def sizes() -> Iterator[dict]:
         yield run(f"lean, {size}", ours, 3)
 
 
+def long() -> Iterator[dict]:
+    """Does one model have both, a long prompt in half a GPT's time and the loss of a GPT? Not yet
+    run."""
+    size = f"{PRESENT} --block_size=1024 --batch_size=1"
+    for name, settings in (
+        ("GPT", "--arch=decoder_only --n_layer=12 --n_embd=92"),
+        ("lean", "--n_layer=6 --n_embd=96"),
+        ("GPT, 6 layers", "--arch=decoder_only --n_layer=6 --n_embd=108"),  # a prompt as cheap
+    ):
+        yield run(name, f"{size} {settings}", 5)
+        for factor in (0.6, 1.6):
+            rate = f"--learning_rate={factor * RATE:g}"
+            yield run(f"{name}, {factor} times the rate", f"{size} {settings} {rate}", (1,))
+
+
 def inside() -> Iterator[dict]:
     """What do the streams hold, by linear probes and by ablations, and what do the experts respond
     to? Without lateral the stacks specialise, in lean both predict; experts respond to the
@@ -214,7 +229,7 @@ def inside() -> Iterator[dict]:
 
 FORMAT = 3  # of these runs; one more where a change of the layer or of a preset changes them
 WHAT = ("name", "settings", "peer")  # of a run that a question asks for; each has several seeds
-ALL = (rates, glance, lag, passes, works, curve, variants, sizes, inside)
+ALL = (rates, glance, lag, passes, works, curve, variants, sizes, long, inside)
 QUESTIONS = {question.__name__: question for question in ALL}
 
 
