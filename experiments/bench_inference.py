@@ -1,7 +1,7 @@
 """How fast a prompt is read and text is sampled, beside GPTs of equal size.
 
     pip install transformers
-    python experiments/bench_inference.py                  about twenty minutes on two cores
+    python experiments/bench_inference.py                  about an hour on two slow cores
     python experiments/bench_inference.py prompt decode    some of the parts
 
 Prints a table per part and writes experiments/bench_inference.json, where parts that were not asked
