@@ -344,6 +344,7 @@ def measure_decode() -> Iterator[dict]:
                 yield of_model(size, name, models[name]) | {
                     "texts": texts, "behind": T, "ms": statistics.median(of_name) * 1e3,
                     "times_lean": ratio(seconds[name], seconds[LEAN]), "seconds": of_name,
+                    "lean_seconds": [s / tokens for s in seconds[LEAN]],
                 }  # fmt: skip
 
 
