@@ -406,6 +406,26 @@ def sizes() -> str:
     return markdown("| parameters: | seeds: | loss: | vs GPT: |", lines)
 
 
+def long() -> str:
+    """Models that read 1,024 characters; the other learning rates are of one seed."""
+    found, lines = runs("long"), []
+    timed = read("bench_inference.json")["prompt"]["rows"]
+    times = {row["model"]: f"{row['times_lean']:.2f}" for row in timed
+             if (row["size"], row["prompt"]) == (96, 1024)}  # fmt: skip
+    for name, rows in found.items():
+        if "times the rate" in name:
+            continue
+        rates = (found.get(f"{name}, {factor} times the rate", []) for factor in (0.6, 1.6))
+        lines.append((
+            name, f"{rows[0]['parameters']:,}", str(len(rows)), f"{mean(rows):.3f}",
+            *judged(rows, found["GPT"]), *(judged(of, rows)[0] for of in rates),
+            f"{rows[0]['prompt_flops']:,.0f}", f"{rows[0]['cache_bytes']:,}", times.get(name, ""),
+        ))  # fmt: skip
+    heads = "| parameters: | seeds: | loss: | vs GPT: | | at 0.6 times the rate: | at 1.6 times: "
+    heads += "| operations per prompt token: | cache, bytes: | time of a prompt, lean = 1:"
+    return markdown(heads, lines)
+
+
 def passes() -> str:
     """A short text, read many times: the best loss of the evaluations, and that of the end."""
     found, lines = runs("passes"), []
@@ -531,6 +551,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lag": lag,
     "passes": passes,
     "sizes": sizes,
+    "long": long,
     "works": lambda: compared(runs("works")),
     "variants": lambda: compared(runs("variants")),
     "curve": curve,
