@@ -356,11 +356,11 @@ def glance() -> str:
     path = {"canonical": 3, "lean, own keys and values": 3, "lean": 3, "serial": 4, "YOCO": 4}
     heads = "| parameters: | loss: | vs GPT: | | operations per prompt token: "
     heads += "| per generated token: | cache, bytes: | layers on the critical path: "
-    heads += "| prompt of 4,096 tokens at 79 M, s: | a token after it, ms:"
+    heads += "| prompt of 4,096 tokens at 79 M, ms (lean = 1): | a token after it:"
     timed, lines = read("bench_inference.json"), []
-    prompts = {row["model"]: f"{row['ms'] / 1000:.2f}" for row in timed["prompt"]["rows"]
+    prompts = {row["model"]: time_and_ratio(row) for row in timed["prompt"]["rows"]
                if row["size"] == 768 and row["prompt"] == 4096}  # fmt: skip
-    tokens = {row["model"]: f"{row['ms']:.1f}" for row in timed["decode"]["rows"]
+    tokens = {row["model"]: time_and_ratio(row) for row in timed["decode"]["rows"]
               if (row["size"], row["texts"], row["behind"]) == (768, 1, 4096)}  # fmt: skip
     for name, rows in found.items():
         first = rows[0]
