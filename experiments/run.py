@@ -10,9 +10,10 @@ Each question below is a function that gives its runs, a grid in plain Python. A
 with a preset and settings, as a user would start it, on one thread, on tinyshakespeare; where a
 peer is no setting (serial stacks, a mixture of experts) its code stands in ablations.py. With
 `analyse` the trained model is looked into by probes.py. A run adds its line to results.jsonl when
-it is done, so that a sweep which was interrupted goes on where it stopped. Losses are those of
-the whole validation split, in nats per character. On one kind of machine a run gives the same
-losses bit for bit.
+it is done, so that a sweep which was interrupted goes on where it stopped. Losses are those of the
+whole validation split, in nats per character. On one kind of CPU a run gives the same losses bit
+for bit. The lines of `long` are of another kind than the rest; of three runs on both, the losses
+differed by 0.00001 to 0.004.
 
 Each line has its commit. A line of an earlier FORMAT, of another layer or preset, is refused here,
 and can be repeated there. This file is not for speed: bench_*.py measure that.
@@ -434,6 +435,7 @@ def repeat(rows: list[dict], line: int) -> None:
     if row.get("format") != FORMAT:
         why = "the layer or the presets have changed since; repeat it at that commit"
         sys.exit(f"--repeat={line}: measured at commit {row['commit']}: {why}")
+    ready(row["settings"])
     again = train(row["settings"], row["peer"], False, row["seed"])
     difference = again["val_loss"] - row["val_loss"]
     said = f"differs by {difference:+.2g}" if difference else "equal"

@@ -101,6 +101,8 @@ def test_repeat_says_whether_the_loss_is_equal(trained, monkeypatch, capsys):
     monkeypatch.setattr(run, "QUESTIONS", {"depth": depth})
     monkeypatch.setattr(tables, "QUESTIONS", run.QUESTIONS)
     run.main(["depth"])
+    made = []
+    monkeypatch.setattr(run, "ready", made.append)
     for change, said, status in ((0.0, "now, at abc1234: equal", 0), (0.25, "differs by -0.25", 1)):
         rows = run.read_rows(run.RESULTS)
         rows[2]["val_loss"] += change
@@ -108,6 +110,7 @@ def test_repeat_says_whether_the_loss_is_equal(trained, monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             run.main(["--repeat=3"])
         assert end.value.code == status and said in capsys.readouterr().out
+        assert made.pop() == rows[2]["settings"]  # the data set, which may be missing
 
 
 @pytest.mark.parametrize(
